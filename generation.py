@@ -1,0 +1,157 @@
+"""Generation (Sec. 4.3): prompts in, tokens out, one cache for text and pictures alike.
+
+    for tokens in generate(model, [prompt], signal, max_new_tokens=128, stop=model.tokenizers.text.eos): ...
+
+A prompt that ends in text is continued with text; one that ends in BOI or inside an image is drawn to its end.
+"""
+from dataclasses import replace
+
+import torch
+
+from streams import IMAGE, TEXT, Streams
+from tokenizer import open_image, prepare
+from weights import UserError
+
+
+class Cache:
+    """Static buffers for keys and values, one view of them for each modality that will ask: text after an image needs
+    only the keys as text queries see them, so its cache is as large as a plain LLaMA's. Rows are packed from position 0
+    whatever the length of the others.
+    """
+
+    def __init__(self, config, rows, length, views, like):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        views = views if config.use_bridge else (TEXT,)   # without a bridge both modalities see the same
+        self.keys = {view: like.new_zeros(shape) for view in views}
+        self.values = {view: like.new_zeros(shape) for view in views}
+        self.lengths, self.filled = [0] * rows, 0
+        self.start, self.mask = 0, None
+
+    def put(self, layer, views):
+        """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
+        at = slice(None), slice(None), slice(0, next(iter(views.values()))[0].shape[2])
+        if self.filled:                                   # decoding: one token a row, each at its own length
+            at = torch.arange(len(self.lengths)), slice(None), self.start[:, 0, 0]
+        for view in self.keys:
+            for buffer, new in zip((self.keys, self.values), views[view]):
+                buffer[view][layer][at] = new[:, :, 0] if self.filled else new
+        if not self.filled:
+            return views, None
+        end = max(self.lengths) + 1
+        return {view: (self.keys[view][layer][:, :, :end], self.values[view][layer][:, :, :end])
+                for view in self.keys}, self.mask
+
+    def advance(self, counts):
+        """Rows have grown; prepare positions (B, 1, 1) and, where lengths differ, the mask (B, 1, 1, keys)."""
+        device = next(iter(self.keys.values())).device
+        self.lengths = [length + n for length, n in zip(self.lengths, counts)]
+        self.filled = max(self.lengths)
+        self.start = torch.tensor(self.lengths, device=device)[:, None, None]
+        seen = torch.arange(self.filled + 1, device=device)
+        self.mask = None if len(set(self.lengths)) == 1 else (seen <= self.start)[:, None]
+
+
+class Sampler:
+    """Greedy at temperature 0. Else row i draws from a generator of its own, seeded seed + i: a batch draws what its
+    rows would draw alone."""
+
+    def __init__(self, rows, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(f"sampling: temperature {temperature} and top_k {top_k} must be 0 or more, "
+                            f"top_p {top_p} in (0, 1]")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+    def __call__(self, logits, rows):
+        """logits (len(rows), V) -> ids (len(rows),) on the CPU"""
+        if self.temperature == 0:
+            return logits.argmax(-1).cpu()
+        p, ids = (logits.float().cpu() / self.temperature).softmax(-1).sort(-1, descending=True)
+        if self.top_k:
+            p[:, self.top_k:] = 0
+        p[p.cumsum(-1) - p > self.top_p * p.sum(-1, keepdim=True)] = 0                        # the first always stays
+        below = p.cumsum(-1)
+        draws = torch.cat([torch.rand(1, generator=self.generators[row]) for row in rows])
+        chosen = torch.searchsorted(below, draws[:, None] * below[:, -1:], right=True)
+        return ids.gather(-1, chosen.clamp(max=(p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def place_in_image(prompt, config):
+    """prompt (L, K) -> None where it ends in text, else the place of its last token: BOI 0, codes 1 ... G*G, EOI"""
+    if prompt[-1, 0] < config.vocab_size:
+        return None
+    opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
+    if not len(opened):
+        raise UserError("the prompt ends in image codes without a BOI before them")
+    return len(prompt) - 1 - int(opened[-1])
+
+
+@torch.inference_mode()
+def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampling):
+    """Continue prompts, each (L, K) ids as text.spell_out makes them. Yields (B, K) tokens on the CPU, step by step.
+
+    What comes next is set by the place, never by the sampled id: after BOI and inside an image a code, 0 to N - 1, from
+    each codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` repeats
+    it; when all rows have, generation ends. sampling: temperature, top_k, top_p, seed.
+    """
+    c, like = model.config, model.lm_head.weight
+    longest = max(len(prompt) for prompt in prompts)
+    max_new_tokens = min(max_new_tokens, c.max_position_embeddings - longest)
+    if max_new_tokens < 1:
+        raise UserError(f"the prompt has {longest} tokens, the model takes {c.max_position_embeddings}: no room is left")
+    places = [place_in_image(prompt, c) for prompt in prompts]
+    last = c.image_tokens - 2                             # the place of the last code; EOI follows
+    draws = [place is not None and place <= last for place in places]
+    writes = [place is None or max_new_tokens > last + 1 - place for place in places]         # text, sooner or later
+    views = [TEXT] * any(writes) + [IMAGE] * any(draws)
+    cache = Cache(c, len(prompts), longest + max_new_tokens, views, like)
+    sampler = Sampler(len(prompts), **sampling)
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    hidden = model.prefill(Streams.of(prompts, c).to(like.device), signal, cache)
+    steps = {}                                            # the indices of a step, for each pattern of modalities
+    for step in range(max_new_tokens):
+        tokens = next_tokens(model, hidden, places, sampler)
+        if stop is not None:
+            tokens[done] = stop
+            done |= tokens[:, 0] == stop
+        yield tokens
+        if done.all() or step == max_new_tokens - 1:
+            return
+        places = [after(place, c) for place in places]
+        pattern = tuple(place is not None for place in places)
+        if pattern not in steps:
+            steps[pattern] = Streams.of(list(tokens[:, None]), c).to(like.device)
+        image = torch.tensor(pattern)
+        hidden = model.decode(replace(steps[pattern], text_ids=tokens[~image, 0].to(like.device),
+                                      image_ids=(tokens[image] - c.vocab_size).to(like.device)), cache)
+
+
+def after(place, config):
+    """The place of the token that follows one at `place`"""
+    return None if place is None or place == config.image_tokens - 1 else place + 1
+
+
+def next_tokens(model, hidden, places, sampler):
+    """hidden (B, D) of the last tokens and their places -> ids (B, K) on the CPU, image ids offset by V"""
+    c, last = model.config, model.config.image_tokens - 2
+    text = [b for b, place in enumerate(places) if place is None]
+    codes = [b for b, place in enumerate(places) if place is not None and place < last]
+    tokens = torch.tensor([c.vocab_size + c.codes + 1 if place == last else c.newline_token_id for place in places])
+    tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # EOI, or the newline after it
+    if text:
+        tokens[text] = sampler(model.lm_head(hidden[text]), text)[:, None]
+    if codes:
+        for k, head in enumerate(model.vision_lm_head.heads):
+            tokens[codes, k] = sampler(head(hidden[codes])[:, :c.codes], codes) + c.vocab_size
+    return tokens
+
+
+def see(model, images, square=True):
+    """Files or PIL images -> codes (n, G*G, K) on the CPU, signal (n, G*G, C); for none, an empty list and None"""
+    if not images:
+        return [], None
+    tokenizer = model.tokenizers.image
+    pixels = torch.stack([prepare(open_image(image), tokenizer.config.resolution, square) for image in images])
+    like = tokenizer.quant_conv.weight
+    codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
+    return codes.cpu(), signal

@@ -1,0 +1,445 @@
+"""Libra (Sec. 3.1, Eq. 1-6): a LLaMA in which image tokens have weights of their own, and a bridge between the two.
+
+    model = Libra.from_pretrained("libra-11b-chat", dtype=torch.bfloat16, device="cuda")
+    model.ask("cat.jpg", "What is unusual here?")
+
+Top to bottom: the parts of a layer (norm, RoPE, low-rank expert, attention with the bridge, FFN), the model with its
+hybrid input, its two kinds of heads and its loss, cached generation, and how weights come and go.
+
+Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V text vocabulary,
+K codebooks of N codes, G grid side, C width of the contiguous signal; n_text and n_image tokens in the two streams.
+"""
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import LibraConfig, is_llama
+from generation import generate, see
+from streams import IMAGE, TEXT
+from text import Text, spell_out
+from tokenizer import ImageTokenizer
+from weights import UserError, assign, read_folder, save_tensors, write_json
+
+# ---------------------------------------------------------------- the parts of a layer
+
+
+def route(module, name, x):
+    """Eq. 1, 2: every token through the weights of its own modality, `name` for text, `vision_name` for image tokens.
+
+    x: [(n_text, .), (n_image, .)]; a stream that is None stays None. Without an expert both use the LLaMA's weights.
+    """
+    own = getattr(module, name)
+    expert = getattr(module, "vision_" + name, own)
+    return [None if y is None else f(y) for f, y in zip((own, expert), x)]
+
+
+def plus(x, y):
+    return [a if b is None else a + b for a, b in zip(x, y)]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        h = x if x.dtype == torch.float64 else x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class LowRank(nn.Module):
+    """W = B A, with A (rank, in) and B (out, rank). A bridge starts at zero, so that training starts without it."""
+
+    def __init__(self, size_in, size_out, rank, start_at_zero=False):
+        super().__init__()
+        self.start_at_zero = start_at_zero
+        self.weight_A = nn.Parameter(torch.empty(rank, size_in))
+        self.weight_B = nn.Parameter(torch.empty(size_out, rank))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight_A), self.weight_B)
+
+
+def rope_table(config, positions, dtype):
+    """cos and sin of positions (...,) -> two (..., d). Angles in float32, as the published weights were trained."""
+    d = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)
+    angle = (positions[..., None].float() * frequency).to(torch.promote_types(dtype, torch.float32))
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """RoPE in the half-split layout of Hugging Face. x (B, H, L, d)"""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Eq. 1, 3-5. `record`, a list, takes the attention maps of the plain form: how to look inside (Fig. 4)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        if c.use_expert:
+            self.vision_q_proj = LowRank(c.hidden_size, width, width // c.vision_down_ratio)
+            self.vision_k_proj = LowRank(c.hidden_size, kv_width, kv_width // c.vision_down_ratio)
+            self.vision_v_proj = LowRank(c.hidden_size, kv_width, kv_width // c.vision_down_ratio)
+            self.vision_o_proj = LowRank(width, c.hidden_size, c.hidden_size // c.vision_down_ratio)
+        if c.use_bridge:
+            for name in ("vision_k_bridge_on_language", "vision_v_bridge_on_language",
+                         "vision_k_bridge_on_vision", "vision_v_bridge_on_vision"):
+                self.add_module(name, LowRank(c.hidden_size, kv_width, c.bridge_rank, start_at_zero=True))
+        self.record = None
+
+    def seen_by(self, modality, x, k, v):
+        """F_b of Eq. 3 and 5: keys and values as queries of one modality see them. Those of the other modality pass the
+        bridge: K' = X W^K + X W^K', and V' alike."""
+        other = 1 - modality
+        if not self.config.use_bridge or x[other] is None:
+            return k, v
+        on = "vision" if other == IMAGE else "language"
+        k, v = list(k), list(v)
+        k[other] = k[other] + getattr(self, f"vision_k_bridge_on_{on}")(x[other])             # Eq. 3
+        v[other] = v[other] + getattr(self, f"vision_v_bridge_on_{on}")(x[other])             # below Eq. 5
+        return k, v
+
+    def forward(self, x, streams, rope, cache=None, layer=0):
+        def heads(pair):                                                                      # -> (B, H, L, d)
+            return streams.join(pair).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+        q = rotate(heads(route(self, "q_proj", x)), rope)                                     # Eq. 1
+        k, v = route(self, "k_proj", x), route(self, "v_proj", x)
+        views = {}
+        for modality in sorted(streams.modalities() | (set() if cache is None else cache.keys.keys())):
+            k_seen, v_seen = self.seen_by(modality, x, k, v)
+            views[modality] = rotate(heads(k_seen), rope), heads(v_seen)
+            if not self.config.use_bridge:
+                break                                     # one view serves both
+        mask = None
+        if cache is not None:
+            views, mask = cache.put(layer, views)
+        if self.record is None:
+            out = routed_attention(q, views, streams, mask)
+        else:
+            out, maps = plain_attention(q, views, streams.is_image)
+            self.record.append(maps)
+        return route(self, "o_proj", streams.split(out.transpose(1, 2).flatten(2), x))
+
+
+def plain_attention(q, views, is_image):
+    """Eq. 3-5 as they stand, with the L x L matrices written out: for reading, for tests, for looking at the maps.
+
+    q (B, H, L, d); views {modality: (keys, values) as that modality's queries see them}; is_image (B, L) bool
+    -> outputs (B, H, L, d), attention maps (B, H, L, L)
+    """
+    image_query = is_image[:, None, :, None]
+    groups = q.shape[1] // next(iter(views.values()))[0].shape[1]
+
+    def pick(f):                                          # row by row, the view of the query's modality
+        text, image = (f(*(t.repeat_interleave(groups, dim=1) for t in views.get(m, next(iter(views.values())))))
+                       for m in (TEXT, IMAGE))
+        return torch.where(image_query, image, text)
+    scores = pick(lambda k, v: q @ k.transpose(2, 3)) / math.sqrt(q.shape[-1])                # Eq. 4
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    maps = scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)                            # Eq. 1, Tril
+    return pick(lambda k, v: maps @ v), maps                                                  # Eq. 5
+
+
+def routed_attention(q, views, streams, mask=None):
+    """Eq. 3-5 on stock kernels, without a score matrix (the paper's limitation, Sec. D.2).
+
+    A stretch of queries of one modality sees the keys before it all in one way: that is plain causal attention of its
+    queries, over one view of the keys. Rows whose images stand at the same places go together. For one image behind a
+    few tokens this is a square call over the prefix and a call of the text tail over everything: the cost of one
+    causal attention. Shapes as in plain_attention; mask (B, 1, 1, keys) when decoding rows of different lengths.
+    """
+    if len(views) == 1:
+        (k, v), = views.values()
+        return causal_attention(q, k, v, mask)
+    if sum(len(cuts) for _, cuts in streams.groups) > MOST_CALLS:
+        text, image = (causal_attention(q, *views[m], mask) for m in (TEXT, IMAGE))
+        return torch.where(streams.is_image[:, None, :, None], image, text)
+    keys = views[TEXT][0].shape[2]
+    out = []
+    for rows, cuts in streams.groups:
+        rows = slice(None) if rows is None else rows
+        parts = []
+        for modality, start, end in cuts:
+            k, v = (t[rows, :, :keys - q.shape[2] + end] for t in views[modality])            # the cache, and up to end
+            parts.append(causal_attention(q[rows, :, start:end], k, v, None if mask is None else mask[rows]))
+        out.append(torch.cat(parts, dim=2))
+    if len(out) == 1:
+        return out[0]
+    return torch.cat(out)[torch.cat([rows for rows, _ in streams.groups]).argsort()]
+
+
+MOST_CALLS = 16    # beyond it two calls over everything are faster than many short ones
+
+
+def causal_attention(q, k, v, mask=None):
+    """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
+    square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
+    many, keys, block = q.shape[2], k.shape[2], 256
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if many == keys or many == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=many > 1, **gqa)
+    parts = []
+    for start in range(0, many, block):
+        end = min(start + block, many)
+        seen = keys - many + end
+        allowed = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril(seen - (end - start))
+        parts.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], allowed, **gqa))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class FFN(nn.Module):
+    """Eq. 2: SwiGLU, twice"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        if c.use_expert:
+            self.vision_gate_proj, self.vision_up_proj = (
+                LowRank(c.hidden_size, c.intermediate_size, c.intermediate_size // c.vision_down_ratio) for _ in "gu")
+            self.vision_down_proj = LowRank(c.intermediate_size, c.hidden_size, c.hidden_size // c.vision_down_ratio)
+
+    def forward(self, x):
+        gate, up = route(self, "gate_proj", x), route(self, "up_proj", x)
+        return route(self, "down_proj", [None if g is None else F.silu(g) * u for g, u in zip(gate, up)])
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), FFN(c)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            self.add_module(name, RMSNorm(c.hidden_size, c.rms_norm_eps))
+            if c.use_expert:
+                self.add_module("vision_" + name, RMSNorm(c.hidden_size, c.rms_norm_eps))
+
+    def forward(self, x, streams, rope, cache=None, layer=0):
+        """x: [(n_text, D), (n_image, D)] -> the same"""
+        x = plus(x, self.self_attn(route(self, "input_layernorm", x), streams, rope, cache, layer))
+        return plus(x, self.mlp(route(self, "post_attention_layernorm", x)))
+
+
+# ---------------------------------------------------------------- the model
+
+@dataclass
+class Tokenizers:
+    """What a model folder holds besides the model. Not a module: its weights are not the model's."""
+    text: Text
+    image: ImageTokenizer
+
+
+class Libra(nn.Module):
+    """`tokenizers` is there when the model came from a folder."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        signal = c.hidden_size + c.contiguous_signal_size
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
+            "vision_embed_tokens": nn.ModuleList(
+                nn.Embedding(c.vision_vocab_size, c.hidden_size // c.vision_codebook_num)
+                for _ in range(c.vision_codebook_num)),
+            "vision_signal_norm": RMSNorm(signal, c.rms_norm_eps),
+            "vision_contiguous_signal_processor": nn.Linear(signal, c.hidden_size, bias=False)})
+        if c.use_expert:
+            self.model["vision_norm"] = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
+            nn.Linear(c.hidden_size, c.vision_vocab_size, bias=False) for _ in range(c.vision_codebook_num))})
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tokenizers = None
+        for leaf in self.leaves():
+            initialise(leaf)
+
+    def leaves(self):
+        return [module for module in self.modules() if next(module.parameters(recurse=False), None) is not None]
+
+    def llama(self):
+        """The modules of the LLaMA. What is not here is the visual part, which pretraining trains."""
+        modules = [self.model.embed_tokens, self.model.norm, self.lm_head]
+        for block in self.model.layers:
+            a, f = block.self_attn, block.mlp
+            modules += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj,
+                        block.input_layernorm, block.post_attention_layernorm]
+        return modules
+
+    def vision(self):
+        return [leaf for leaf in self.leaves() if leaf not in set(self.llama())]
+
+    def embed(self, streams, signal=None):
+        """Eq. 9: text tokens by their table, image tokens by E_d (the ids) and E_c (CLIP's signal) together.
+
+        signal: (n_images, G*G, C) for the whole images of the batch in order, or (n_image, C) token by token;
+        None draws without it, E_c = 0. -> [(n_text, D), (n_image, D)]
+        """
+        m, ids = self.model, streams.image_ids
+        text = m.embed_tokens(streams.text_ids)
+        if not len(ids) and not torch.is_grad_enabled():
+            return [text, None]                           # in training an empty stream keeps every weight in the graph
+        e_d = torch.cat([bank(ids[:, k]) for k, bank in enumerate(m.vision_embed_tokens)], dim=-1)     # (n_image, D)
+        e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
+        if signal is not None and not self.config.discrete_only:
+            if signal.dim() == 3:
+                signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)                            # zero at BOI and EOI
+            if len(signal) != len(ids):
+                raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {len(ids)}")
+            e_c = signal.to(e_d.dtype)
+        x_image = torch.cat([e_d, e_c], dim=-1)                                               # Eq. 9
+        image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
+        return [text if len(text) or torch.is_grad_enabled() else None, image]
+
+    def hidden(self, streams, signal=None, cache=None):
+        """-> [(n_text, D), (n_image, D)] behind the final norms"""
+        x = self.embed(streams, signal)
+        start = 0 if cache is None else cache.start
+        positions = start + torch.arange(streams.length, device=streams.order.device)
+        rope = rope_table(self.config, positions, self.lm_head.weight.dtype)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, streams, rope, cache, layer)
+        return route(self.model, "norm", x)
+
+    def logits(self, streams, signal=None):
+        """-> text (n_text, V), image (n_image, K, N + 2): a position's head is that of its own modality"""
+        text, image = self.hidden(streams, signal)
+        image = None if image is None else torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
+        return self.lm_head(text), image
+
+    def forward(self, streams, signal=None):
+        """Sums of the cross-entropy over the counted targets: text (), image (K,), one for each codebook (Eq. 6).
+        A trainer divides by the count of its whole batch; heads run only where a label counts."""
+        text, image = self.hidden(streams, signal)
+        rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
+        image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
+                                  for k, head in enumerate(self.vision_lm_head.heads)])
+        rows = streams.text_rows
+        return F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum"), image_loss
+
+    def loss(self, streams, signal=None):
+        """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
+        text, image = self(streams, signal)
+        return (text + image.mean()) / (len(streams.text_rows) + len(streams.image_rows))
+
+    def prefill(self, streams, signal, cache):
+        """Read the prompts and fill the cache. -> the hidden state of each row's last token (B, D)"""
+        hidden = streams.join(self.hidden(streams, signal, cache))
+        cache.advance(streams.lengths)
+        return hidden[torch.arange(len(hidden)), torch.tensor(streams.lengths) - 1]
+
+    def decode(self, streams, cache):
+        """One more token for every row (L = 1). -> its hidden state (B, D)"""
+        hidden = streams.join(self.hidden(streams, None, cache))[:, 0]
+        cache.advance([1] * len(hidden))
+        return hidden
+
+    def ask(self, images, question, max_new_tokens=128, **sampling):
+        """images: a file, a PIL image, a list of them, or None. -> the answer, as text (generation.generate's options)"""
+        text = self.tokenizers.text
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        codes, signal = see(self, images)
+        prompt = spell_out(*text.chat([(question, len(images), None)]), codes, self.config)[0]
+        tokens = generate(self, [prompt], signal, max_new_tokens, text.eos, **sampling)
+        return text.decode([int(token[0, 0]) for token in tokens])
+
+    # ------------------------------------------------------------ weights
+
+    @classmethod
+    def from_pretrained(cls, folder, image_tokenizer=None, dtype=None, device="cpu", **changes):
+        """A model folder of ours or a published one (libra-11b-chat, libra-11b-base); or a LLaMA folder together with
+        the folder of an image tokenizer: then the visual part is new, and that is said.
+
+        dtype: as stored unless given. changes: fields of LibraConfig that stand above config.json.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; expected a model folder with config.json in it")
+        tokenizers = Tokenizers(Text(folder / "tokenizer.model"),
+                                ImageTokenizer.from_pretrained(image_tokenizer or folder, dtype, device))
+        i = tokenizers.image.config
+        sizes = {"vision_vocab_size": i.codebook_size + 2, "vision_codebook_num": i.num_codebooks,
+                 "image_feature_resolution": i.grid, "contiguous_signal_size": i.signal_size,
+                 "newline_token_id": tokenizers.text.newline}
+        model = load(folder, sizes, dtype, **changes)
+        for name, value in (sizes | {"vocab_size": tokenizers.text.vocab_size}).items():
+            if getattr(model.config, name) != value:
+                raise UserError(f"{folder}/config.json: {name} is {getattr(model.config, name)}, but the tokenizers "
+                                f"beside it have {value}: these files do not belong together")
+        model.tokenizers = tokenizers
+        return model.to(device)
+
+    def save_pretrained(self, folder):
+        """A model folder: config.json, model.safetensors, tokenizer.model, image_tokenizer/"""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        save_tensors(folder / "model.safetensors", tensors)
+        if self.tokenizers is not None:
+            if self.tokenizers.text.path.resolve() != (folder / "tokenizer.model").resolve():
+                shutil.copyfile(self.tokenizers.text.path, folder / "tokenizer.model")
+            self.tokenizers.image.save_pretrained(folder / "image_tokenizer")
+        write_json(folder / "config.json", self.config.to_dict())
+
+
+def initialise(leaf):
+    """New weights: normal with deviation 0.02, both factors alike; a bridge's B zero; norms one."""
+    if isinstance(leaf, RMSNorm):
+        nn.init.ones_(leaf.weight)
+    elif isinstance(leaf, LowRank):
+        nn.init.normal_(leaf.weight_A, std=0.02)
+        nn.init.normal_(leaf.weight_B, std=0.0 if leaf.start_at_zero else 0.02)
+    else:
+        nn.init.normal_(leaf.weight, std=0.02)
+
+
+def load(folder, sizes=None, dtype=None, **changes):
+    """The model of a folder without its tokenizers. sizes: visual fields for a config.json that has none (a LLaMA's).
+
+    The module is built without memory (meta), the files are mapped, and the module takes the mapped tensors.
+    """
+    path = Path(folder) / "config.json"
+    config = LibraConfig.from_file(path, sizes, **changes)
+    with torch.device("meta"):
+        model = Libra(config)
+
+    def keep(name):                                       # buffers of the published code
+        return None if name.endswith(("_placeholder", "rotary_emb.inv_freq")) else name
+    tensors = read_folder(folder, dtype, keep)
+    if config.tie_word_embeddings:
+        tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+    leaves = model.vision()
+    visual = {id(p) for leaf in leaves for p in leaf.parameters(recurse=False)}
+    visual = {name for name, p in model.named_parameters() if id(p) in visual}
+    if assign(model, tensors, folder, may_lack=visual if is_llama(path) else ()):
+        for leaf in leaves:
+            leaf.to_empty(device="cpu", recurse=False).to(model.lm_head.weight.dtype)
+            initialise(leaf)
+        new = sum(p.numel() for leaf in leaves for p in leaf.parameters(recurse=False))
+        print(f"{folder} holds a LLaMA without vision: the visual part, {new:,} weights, is new and untrained")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model

@@ -1,0 +1,119 @@
+"""A batch as two streams: all text tokens in one tensor, all image tokens in another, no padding in either.
+
+The paper's picture taken literally (Fig. 1): text goes through the LLaMA, image tokens through the visual expert, as
+plain matrix products over contiguous rows; they meet in sequence order only for attention. Everything that needs to
+look at the ids is worked out here, once per batch, on the CPU: where each token goes, which stretches of a row are of
+one modality, and which tokens have a target that counts.
+
+Letters: B rows, L positions of the longest row, K codebooks, V text vocabulary.
+"""
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from weights import UserError
+
+TEXT, IMAGE = 0, 1                                        # modalities; also the places of the two streams in a pair
+
+
+@dataclass
+class Streams:
+    lengths: list               # B ints: real tokens per row. Position = number of real tokens before, so a row starts at 0
+    length: int                 # L
+    text_ids: torch.Tensor      # (n_text,)
+    image_ids: torch.Tensor     # (n_image, K), BOI = N, EOI = N + 1
+    text_at: torch.Tensor       # (n_text,) place of each text token in the (B * L) grid of rows, right-padded
+    image_at: torch.Tensor      # (n_image,)
+    order: torch.Tensor         # (B * L,) the way back: row of cat(text, image) that stands at each place; padding 0
+    is_image: torch.Tensor      # (B, L) bool
+    groups: list                # (rows (b,) or None for all, [(modality, start, end), ...]): rows cut alike
+    text_rows: torch.Tensor     # (m_text,) text tokens that predict a counted target: the next row of text_ids
+    image_rows: torch.Tensor    # (m_image,) image tokens that do: their target is the next row of image_ids
+
+    @classmethod
+    def of(cls, ids, config, mask=None, counted=None):
+        """ids: a list of (l, K) tensors, or one padded (B, L, K) with mask (B, L), 1 = real, padded on any side.
+        Image ids are offset by V, text ids stand in all K columns. counted: bool, shaped as ids without K: the tokens
+        that are targets of the loss. Raises UserError on an id out of range, a row too long, or an impossible target.
+        """
+        if mask is not None:
+            counted = None if counted is None else [row[keep] for row, keep in zip(counted, mask.bool())]
+            ids = [row[keep] for row, keep in zip(ids, mask.bool())]
+        lengths = [len(row) for row in ids]
+        length = max(lengths)
+        if length > config.max_position_embeddings:
+            raise UserError(f"a sequence of {length} tokens is longer than max_position_embeddings "
+                            f"({config.max_position_embeddings}): shorten its text or show fewer images")
+        at = torch.cat([torch.arange(n) + b * length for b, n in enumerate(lengths)])         # (n,)
+        flat = torch.cat(list(ids))                                                           # (n, K)
+        image = flat[:, 0] >= config.vocab_size                                               # (n,)
+        text_ids, image_ids = flat[~image, 0], flat[image] - config.vocab_size
+        if (flat[~image] != flat[~image, :1]).any() or (text_ids < 0).any():
+            raise UserError(f"text ids must stand in all codebooks alike, from 0 to {config.vocab_size - 1}")
+        if (image_ids < 0).any() or (image_ids >= config.vision_vocab_size).any():
+            raise UserError(f"image ids run from {image_ids.min()} to {image_ids.max()}, expected 0 to "
+                            f"{config.vision_vocab_size - 1} (codes, BOI, EOI)")
+        order = torch.zeros(len(lengths) * length, dtype=torch.long)
+        order[at[~image]] = torch.arange(len(text_ids))
+        order[at[image]] = torch.arange(len(text_ids), len(flat))
+        is_image = torch.zeros(len(order), dtype=torch.bool)
+        is_image[at[image]] = True
+        is_image = is_image.view(len(lengths), length)
+        rows = [flat.new_empty(0)] * 2 if counted is None else predictors(torch.cat(list(counted)), image, lengths)
+        return cls(lengths, length, text_ids, image_ids, at[~image], at[image], order, is_image, group(is_image), *rows)
+
+    def modalities(self):
+        """of the queries"""
+        return {modality for _, cuts in self.groups for modality, _, _ in cuts}
+
+    def join(self, streams, width=None):
+        """[(n_text, W), (n_image, W)] -> (B, L, W) in sequence order; what stands at padding is never read."""
+        text, image = streams
+        if image is None and len(self.text_at) == len(self.order):
+            return text.view(len(self.lengths), self.length, -1)
+        both = torch.cat([x for x in streams if x is not None])
+        return both[self.order].view(len(self.lengths), self.length, -1)
+
+    def split(self, x, like):
+        """(B, L, W) -> [(n_text, W), (n_image, W)]; None where `like` is"""
+        flat = x.flatten(0, 1)
+        if like[IMAGE] is None and len(self.text_at) == len(self.order):
+            return [flat, None]
+        return [None if y is None else flat[at] for y, at in zip(like, (self.text_at, self.image_at))]
+
+    def with_images(self, codes):
+        """The ids of whole images, (n_images, G*G, K), filled in on the device they were computed on. BOI and EOI stay."""
+        per_image = codes.shape[1] + 2
+        ids = self.image_ids.view(-1, per_image, codes.shape[2])
+        return replace(self, image_ids=torch.cat([ids[:, :1], codes, ids[:, -1:]], dim=1).flatten(0, 1))
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
+                 if isinstance(getattr(self, f.name), torch.Tensor)}
+        groups = [(None if rows is None else rows.to(device, non_blocking=True), cuts) for rows, cuts in self.groups]
+        return replace(self, groups=groups, **moved)
+
+
+def predictors(counted, image, lengths):
+    """counted (n,), image (n,) bool over all tokens -> the rows of the text and of the image stream whose next token is
+    a counted target. A target's modality must be that of the token before it: the head is chosen by that token."""
+    target = counted.nonzero()[:, 0]
+    first = torch.tensor([0] + lengths[:-1]).cumsum(0)
+    if torch.isin(target, first).any() or (image[target] != image[target - 1]).any():
+        raise UserError("a counted target stands first, or just where text and image meet: BOI, <s> and the newline "
+                        "between text and image have no label")
+    place = torch.where(image, image.cumsum(0), (~image).cumsum(0)) - 1                       # row in its own stream
+    return place[target[~image[target]]] - 1, place[target[image[target]]] - 1
+
+
+def group(is_image):
+    """(B, L) -> rows with their images at the same places share one list of (modality, start, end); padding is text."""
+    patterns = {}
+    for b, row in enumerate(is_image):
+        edges = (row[1:] != row[:-1]).nonzero()[:, 0].add(1).tolist()
+        cuts = [0] + edges + [len(row)]
+        kinds = row[cuts[:-1]].long().tolist()
+        patterns.setdefault(tuple(zip(kinds, cuts[:-1], cuts[1:])), []).append(b)
+    if len(patterns) == 1:
+        return [(None, list(next(iter(patterns))))]
+    return [(torch.tensor(rows), list(cuts)) for cuts, rows in patterns.items()]

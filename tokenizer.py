@@ -1,0 +1,393 @@
+"""The image tokenizer (Sec. 3.2, A.1): a picture becomes discrete ids and contiguous CLIP signal, and ids a picture.
+
+    images = ImageTokenizer.from_pretrained(folder)
+    ids, signal = images.encode(prepare(open_image("cat.jpg"), images.config.resolution)[None])
+    images.decode(ids)                                    # (1, 3, R, R) in [-1, 1]
+
+Letters: B images, K codebooks of N codes, G = grid side, C = width of the contiguous signal E_c, R = resolution.
+"""
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+from weights import UserError, assign, read_folder, read_json, read_tensors, read_yaml, save_tensors, select, write_json
+
+# ---------------------------------------------------------------- pixels
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
+
+
+def open_image(source):
+    """A file, or a PIL image -> an upright RGB picture: EXIF rotation is applied, transparency lies on white, 16 bits
+    become 8. UserError where it is no picture, is cut off, or is a decompression bomb."""
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):             # 16-bit grey, which PIL would clip at 255
+            grey = np.asarray(image, dtype=np.float32)
+            grey = grey * (255 / 65535) if grey.max() > 255 else grey
+            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source}: cannot be read as a picture ({error})") from None
+
+
+def prepare(image, resolution, square=True):
+    """CLIP's preprocessing: the shorter side to `resolution` (bicubic), centre crop, mean and deviation of CLIP.
+
+    square: first pad to a square with CLIP's mean colour, so that nothing is cropped away (pictures to be understood);
+    without it the middle is kept (pictures to be drawn). RGB PIL image -> (3, R, R) float32
+    """
+    if square and image.width != image.height:
+        if max(image.size) > 8192:                        # a 20000 x 10 strip would need a square of 1.2 GB
+            image = image.copy()
+            image.thumbnail((8192, 8192))
+        side = max(image.size)
+        canvas = Image.new("RGB", (side, side), MEAN_COLOUR)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    shorter = min(image.size)
+    wide, high = (int(resolution * side / shorter) for side in image.size)
+    # Resize and centre crop in one: `box` is the part of the picture that the crop would keep.
+    x, y = image.width / wide, image.height / high
+    left, top = (wide - resolution) // 2, (high - resolution) // 2
+    box = (left * x, top * y, min((left + resolution) * x, image.width), min((top + resolution) * y, image.height))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                 # (3, R, R)
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def to_rgb(pixels):
+    """CLIP-normalised pixels -> [-1, 1], the range the VQGAN draws in. (B, 3, R, R)"""
+    mean, std = (torch.tensor(x, device=pixels.device, dtype=pixels.dtype)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    return 2 * (pixels * std + mean) - 1
+
+
+def to_picture(rgb):
+    """(3, R, R) in [-1, 1] -> PIL image"""
+    return Image.fromarray(((rgb.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# ---------------------------------------------------------------- CLIP-ViT, the frozen encoder
+
+class ClipBlock(nn.Module):
+    def __init__(self, width, inner, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width)
+                                        for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+
+    def forward(self, x):                                                                     # (B, 1 + G*G, width)
+        h = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for name in ("q_proj", "k_proj", "v_proj"))                                # (B, heads, 1 + G*G, d)
+        x = x + self.self_attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))                                 # quick-GELU
+
+
+class ClipViT(nn.Module):
+    """`hidden_states(pixels, n)`: list of n + 1 tensors (B, 1 + G*G, width); 0 = the embedding after pre_layrnorm,
+    i = the output of block i. Keys as in Hugging Face's `vision_model.*`; post_layernorm is there for them only."""
+
+    SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+    def __init__(self, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, image_size, patch_size,
+                 layer_norm_eps=1e-5):
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(hidden_size) * hidden_size ** -0.5)
+        self.embeddings.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=False)
+        self.embeddings.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, hidden_size)
+        self.pre_layrnorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ClipBlock(hidden_size, intermediate_size, num_attention_heads, layer_norm_eps)
+            for _ in range(num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+
+    def hidden_states(self, pixels, layers=None):
+        e = self.embeddings
+        patches = e.patch_embedding(pixels).flatten(2).transpose(1, 2)                        # (B, G*G, width)
+        x = torch.cat([e.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + e.position_embedding.weight
+        states = [self.pre_layrnorm(x)]
+        for block in self.encoder.layers[:layers]:
+            states.append(block(states[-1]))
+        return states
+
+
+def read_clip_sizes(folder):
+    """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
+    config = read_json(Path(folder) / "config.json")
+    config = config.get("vision_config", config)
+    lost = [name for name in ClipViT.SIZES if name not in config]
+    if lost:
+        raise UserError(f"{folder}/config.json: no {', '.join(lost)}; expected the config of a CLIP vision model")
+    if (act := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise UserError(f"{folder}/config.json: hidden_act is {act!r}, only quick_gelu (OpenAI's CLIP) is supported")
+    return {name: config[name] for name in ClipViT.SIZES} | {"layer_norm_eps": config.get("layer_norm_eps", 1e-5)}
+
+
+# ---------------------------------------------------------------- lookup-free quantization
+
+class LFQ(nn.Module):
+    """K codebooks of N = 2^bits codes without a table: the code is the sign of each projected dimension (A.1)."""
+
+    def __init__(self, dim, codebook_size, num_codebooks):
+        super().__init__()
+        self.books, self.bits = num_codebooks, codebook_size.bit_length() - 1
+        if 2 ** self.bits != codebook_size:
+            raise UserError(f"codebook_size is {codebook_size}, expected a power of two: a code is a row of bits")
+        self.project_in = nn.Linear(dim, self.books * self.bits)
+        self.project_out = nn.Linear(self.books * self.bits, dim)
+
+    def forward(self, x):
+        """(B, dim, G, G) -> quantized (B, dim, G, G), ids (B, G, G, K), projected (B, G, G, K * bits)"""
+        projected = self.project_in(x.permute(0, 2, 3, 1))
+        code = torch.where(projected > 0, 1.0, -1.0).to(x.dtype)
+        ids = ((code > 0).unflatten(-1, (self.books, self.bits)) * self._powers(x.device)).sum(-1)
+        code = projected + (code - projected).detach()                                        # straight-through
+        return self.project_out(code).permute(0, 3, 1, 2), ids, projected
+
+    def codes(self, ids):
+        """ids (..., K) -> signs (..., K * bits)"""
+        bits = (ids[..., None] & self._powers(ids.device)) > 0
+        return torch.where(bits, 1.0, -1.0).flatten(-2).to(self.project_out.weight.dtype)
+
+    def _powers(self, device):
+        return 2 ** torch.arange(self.bits - 1, -1, -1, device=device)                        # most significant first
+
+
+# ---------------------------------------------------------------- VQGAN decoder
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)             # (B, heads, h*w, d)
+                   for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Decoder(nn.Module):
+    """taming-transformers' decoder. The last upsampling goes to `resolution`, by a fraction if need be (192 -> 336)."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, z_channels, grid, resolution, heads):
+        super().__init__()
+        self.resolution = resolution
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttnBlock(width, heads),
+                                  "block_2": ResBlock(width, width)})
+        levels, size = [], grid
+        for level in reversed(range(len(ch_mult))):
+            up = nn.Module()
+            up.block, up.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                up.block.append(ResBlock(width, ch * ch_mult[level]))
+                width = ch * ch_mult[level]
+                if size in attn_resolutions:
+                    up.attn.append(AttnBlock(width, heads))
+            if level:
+                up.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+                size *= 2
+            levels.insert(0, up)                                                              # up.0 is the finest
+        self.up = nn.ModuleList(levels)
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z):                                                                     # (B, z_channels, G, G)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))
+        for level in reversed(range(len(self.up))):
+            up = self.up[level]
+            for i, block in enumerate(up.block):
+                h = block(h)
+                if len(up.attn):
+                    h = up.attn[i](h)
+            if level:
+                size = self.resolution if level == 1 else 2 * h.shape[-1]
+                h = up.upsample.conv(F.interpolate(h, size=(size, size), mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(h)))                                        # (B, 3, R, R)
+
+
+# ---------------------------------------------------------------- the image tokenizer
+
+@dataclass
+class ImageTokenizerConfig:
+    """The published sizes; `clip` holds the arguments of ClipViT."""
+    clip: dict
+    resolution: int = 336
+    grid: int = 24
+    select_layers: tuple = (2, 10, 18, 22)
+    embed_dim: int = 1024
+    codebook_size: int = 512
+    num_codebooks: int = 2
+    z_channels: int = 1024
+    ch: int = 128
+    ch_mult: tuple = (1, 1, 2, 4, 8)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple = (24,)
+    num_attn_heads: int = 8
+
+    def __post_init__(self):
+        if self.clip["image_size"] != self.resolution or self.clip["image_size"] // self.clip["patch_size"] != self.grid:
+            raise UserError(f"image tokenizer: resolution {self.resolution} and grid {self.grid} do not fit a CLIP of "
+                            f"{self.clip['image_size']} pixels with patches of {self.clip['patch_size']}")
+        if max(self.select_layers) > self.clip["num_hidden_layers"]:
+            raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has only "
+                            f"{self.clip['num_hidden_layers']} layers")
+
+    @property
+    def signal_size(self):
+        return self.clip["hidden_size"] * len(self.select_layers)                             # C
+
+
+class ImageTokenizer(nn.Module):
+    """Eq. 9, first half: E_c = CLIP(I), ids = LFQ(E_c), and the way back from ids to pixels."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
+        self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
+        self.quantize = LFQ(c.embed_dim, c.codebook_size, c.num_codebooks)
+        self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
+        self.decoder = Decoder(c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.z_channels, c.grid,
+                               c.resolution, c.num_attn_heads)
+
+    @property
+    def clip(self):
+        return self.encoder.vision_tower.vision_model
+
+    def signal(self, pixels):
+        """pixels (B, 3, R, R), normalised as CLIP's -> E_c (B, G*G, C), row by row, the class token dropped"""
+        states = self.clip.hidden_states(pixels, max(self.config.select_layers))
+        return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
+
+    def quantized(self, signal):
+        """E_c (B, G*G, C) -> what LFQ.forward returns, of quant_conv(E_c)"""
+        grid = self.config.grid
+        return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, (grid, grid))))
+
+    @torch.no_grad()
+    def encode(self, pixels):
+        """pixels (B, 3, R, R) -> ids (B, G*G, K) long, signal (B, G*G, C)"""
+        signal = self.signal(pixels)
+        return self.quantized(signal)[1].flatten(1, 2), signal
+
+    @torch.no_grad()
+    def decode(self, ids):
+        """ids (B, G*G, K) -> pixels (B, 3, R, R), about [-1, 1]"""
+        if ids.min() < 0 or ids.max() >= self.config.codebook_size:
+            raise UserError(f"image ids run from {ids.min()} to {ids.max()}, expected 0 to "
+                            f"{self.config.codebook_size - 1}: BOI and EOI are no codes")
+        z = self.quantize.project_out(self.quantize.codes(ids)).transpose(1, 2)
+        return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, self.config.grid))))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        """Our folder (config.json, model.safetensors), a model folder that has one inside, or a published folder
+        (libra-vision-tokenizer, libra-11b-chat, libra-11b-base) as it is."""
+        folder = Path(folder)
+        if (folder / "image_tokenizer").is_dir():
+            folder = folder / "image_tokenizer"
+        if (folder / "vision_tokenizer_config.yaml").is_file():
+            config, tensors, source = read_published(folder, dtype)
+        elif (folder / "config.json").is_file():
+            known = {field.name for field in fields(ImageTokenizerConfig)}
+            values = read_json(folder / "config.json")
+            if known != values.keys():
+                raise UserError(f"{folder}/config.json is not of an image tokenizer: it lacks "
+                                f"{sorted(known - values.keys())}, unknown are {sorted(values.keys() - known)}")
+            config, tensors, source = ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
+        else:
+            raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer/, config.json or "
+                            "vision_tokenizer_config.yaml in it")
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        assign(tokenizer, tensors, source)
+        return tokenizer.requires_grad_(False).eval().to(device)
+
+    def save_pretrained(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asdict(self.config))
+        save_tensors(folder / "model.safetensors", self.state_dict())
+
+
+YAML_NAMES = {  # in vision_tokenizer_config.yaml -> here
+    "params": {"embed_dim": "embed_dim", "codebook_size": "codebook_size", "num_codebook": "num_codebooks"},
+    "ddconfig": {"select_layer": "select_layers", "z_channels": "z_channels", "resolution": "resolution", "ch": "ch",
+                 "ch_mult": "ch_mult", "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions",
+                 "initial_resolution": "grid", "num_attn_head": "num_attn_heads"}}
+YAML_FIXED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+
+
+def read_published(folder, dtype=None):
+    """vision_tokenizer_config.yaml, vqgan.ckpt and the CLIP folder beside them -> config, tensors, file name"""
+    path = folder / "vision_tokenizer_config.yaml"
+    top = read_yaml(path)
+    params = top.pop("params", {})
+    dd = params.pop("ddconfig", {})
+    checkpoint, encoder = folder / params.pop("ckpt_path", "vqgan.ckpt"), folder / dd.pop("encoder_name", "")
+    top = {key: top[key] for key in top if key not in ("freeze", "max_vision_token_length")}
+    for key, value in YAML_FIXED.items():
+        if dd.pop(key, value) != value:
+            raise UserError(f"{path}: {key} must be {value}")
+    unknown = [*top, *(params.keys() - YAML_NAMES["params"].keys()), *(dd.keys() - YAML_NAMES["ddconfig"].keys())]
+    lost = [*(YAML_NAMES["params"].keys() - params.keys()), *(YAML_NAMES["ddconfig"].keys() - dd.keys())]
+    if unknown or lost:
+        raise UserError(f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(lost)}")
+    values = {YAML_NAMES["params"][key]: params[key] for key in params}
+    values |= {YAML_NAMES["ddconfig"][key]: dd[key] for key in dd}
+    config = ImageTokenizerConfig(clip=read_clip_sizes(encoder), **values)
+
+    def keep(name):                                       # the discriminator and LPIPS of training, and two buffers
+        return None if name.startswith("loss.") or name in ("quantize.mask",) or "position_ids" in name else name
+    tensors = select(read_tensors(checkpoint), dtype, keep)
+    tower = "encoder.vision_tower.vision_model."
+    if not any(name.startswith(tower) for name in tensors):
+        tensors |= read_clip_weights(encoder, dtype, tower)
+    return config, tensors, checkpoint
+
+
+def read_clip_weights(folder, dtype=None, prefix=""):
+    """The vision tower of an HF CLIP folder -> {prefix + name: tensor}; the text tower stays behind."""
+    def keep(name):
+        ours = name.startswith("vision_model.") and "position_ids" not in name
+        return prefix + name.removeprefix("vision_model.") if ours else None
+    return read_folder(folder, dtype, keep)
