@@ -1,6 +1,6 @@
 """What config.json says: the sizes and switches of a Libra, read from our folders, the published ones and any LLaMA's.
 
-A value that this model does not compute (rope scaling, biases, a sliding window, ...) is refused by name, never ignored.
+A value that this model does not compute (rope scaling, biases, a sliding window, ...) is refused by name.
 """
 from dataclasses import asdict, dataclass, fields
 
@@ -15,8 +15,8 @@ FIXED = {"model_type": ("llama", "libra", "mistral"), "hidden_act": ("silu",), "
          "partial_rotary_factor": (1.0,), "quantization_config": (None,), "unified_head": (False,),
          "use_2d_rope": (False,), "addition_mode": (False,), "use_vision_position_embedding": (False,),
          "concat_signals": (True,), "norm_signals": (True,), "vision_prediction_mode": ("1d",)}
-FIXED |= {name: (0, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
-                                      "vision_embd_pdrop", "vision_resid_pdrop")}
+FIXED |= dict.fromkeys(("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "vision_embd_pdrop",
+                        "vision_resid_pdrop"), (0.0,))
 IGNORED = ("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id",
            "pad_token_id", "initializer_range", "_name_or_path", "pretraining_tp", "auto_map", "max_length",
            "temperature", "top_p", "do_sample")

@@ -98,7 +98,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     longest = max(len(prompt) for prompt in prompts)
     max_new_tokens = min(max_new_tokens, c.max_position_embeddings - longest)
     if max_new_tokens < 1:
-        raise UserError(f"the prompt has {longest} tokens, the model takes {c.max_position_embeddings}: no room is left")
+        raise UserError(f"the prompt has {longest} tokens, as many as the model takes ({c.max_position_embeddings})")
     places = [place_in_image(prompt, c) for prompt in prompts]
     last = c.image_tokens - 2                             # the place of the last code; EOI follows
     draws = [place is not None and place <= last for place in places]
@@ -137,7 +137,7 @@ def next_tokens(model, hidden, places, sampler):
     text = [b for b, place in enumerate(places) if place is None]
     codes = [b for b, place in enumerate(places) if place is not None and place < last]
     tokens = torch.tensor([c.vocab_size + c.codes + 1 if place == last else c.newline_token_id for place in places])
-    tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # EOI, or the newline after it
+    tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # EOI, or a newline
     if text:
         tokens[text] = sampler(model.lm_head(hidden[text]), text)[:, None]
     if codes:

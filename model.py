@@ -336,7 +336,8 @@ class Libra(nn.Module):
         image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
                                   for k, head in enumerate(self.vision_lm_head.heads)])
         rows = streams.text_rows
-        return F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum"), image_loss
+        text_loss = F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum")
+        return text_loss, image_loss
 
     def loss(self, streams, signal=None):
         """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
@@ -356,7 +357,7 @@ class Libra(nn.Module):
         return hidden
 
     def ask(self, images, question, max_new_tokens=128, **sampling):
-        """images: a file, a PIL image, a list of them, or None. -> the answer, as text (generation.generate's options)"""
+        """images: a file, a PIL image, a list of them, or None. -> the answer. sampling: as generate takes it"""
         text = self.tokenizers.text
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         codes, signal = see(self, images)

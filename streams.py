@@ -18,7 +18,7 @@ TEXT, IMAGE = 0, 1                                        # modalities; also the
 
 @dataclass
 class Streams:
-    lengths: list               # B ints: real tokens per row. Position = number of real tokens before, so a row starts at 0
+    lengths: list               # B ints: tokens of each row; a token's position is the number of tokens before it
     length: int                 # L
     text_ids: torch.Tensor      # (n_text,)
     image_ids: torch.Tensor     # (n_image, K), BOI = N, EOI = N + 1
@@ -82,7 +82,7 @@ class Streams:
         return [None if y is None else flat[at] for y, at in zip(like, (self.text_at, self.image_at))]
 
     def with_images(self, codes):
-        """The ids of whole images, (n_images, G*G, K), filled in on the device they were computed on. BOI and EOI stay."""
+        """Fill in the ids of whole images, (n_images, G*G, K), on the device they were computed on."""
         per_image = codes.shape[1] + 2
         ids = self.image_ids.view(-1, per_image, codes.shape[2])
         return replace(self, image_ids=torch.cat([ids[:, :1], codes, ids[:, -1:]], dim=1).flatten(0, 1))

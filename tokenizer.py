@@ -58,19 +58,19 @@ def prepare(image, resolution, square=True):
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     shorter = min(image.size)
+    if max(image.size) > 16 * shorter:                    # a strip: cut it before enlarging it
+        image = ImageOps.fit(image, [min(side, 16 * shorter) for side in image.size])
     wide, high = (int(resolution * side / shorter) for side in image.size)
-    # Resize and centre crop in one: `box` is the part of the picture that the crop would keep.
-    x, y = image.width / wide, image.height / high
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = (wide - resolution) // 2, (high - resolution) // 2
-    box = (left * x, top * y, min((left + resolution) * x, image.width), min((top + resolution) * y, image.height))
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                 # (3, R, R)
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 def to_rgb(pixels):
     """CLIP-normalised pixels -> [-1, 1], the range the VQGAN draws in. (B, 3, R, R)"""
-    mean, std = (torch.tensor(x, device=pixels.device, dtype=pixels.dtype)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return 2 * (pixels * std + mean) - 1
 
 
@@ -264,9 +264,10 @@ class ImageTokenizerConfig:
     num_attn_heads: int = 8
 
     def __post_init__(self):
-        if self.clip["image_size"] != self.resolution or self.clip["image_size"] // self.clip["patch_size"] != self.grid:
+        size, patch = self.clip["image_size"], self.clip["patch_size"]
+        if (size, size // patch) != (self.resolution, self.grid):
             raise UserError(f"image tokenizer: resolution {self.resolution} and grid {self.grid} do not fit a CLIP of "
-                            f"{self.clip['image_size']} pixels with patches of {self.clip['patch_size']}")
+                            f"{size} pixels with patches of {patch}")
         if max(self.select_layers) > self.clip["num_hidden_layers"]:
             raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has only "
                             f"{self.clip['num_hidden_layers']} layers")
@@ -386,8 +387,10 @@ def read_published(folder, dtype=None):
 
 
 def read_clip_weights(folder, dtype=None, prefix=""):
-    """The vision tower of an HF CLIP folder -> {prefix + name: tensor}; the text tower stays behind."""
+    """The vision tower of an HF CLIP folder -> {prefix + name: tensor}; the text tower stays behind. Newer versions of
+    Hugging Face save a vision model without the `vision_model.` before its names."""
     def keep(name):
-        ours = name.startswith("vision_model.") and "position_ids" not in name
-        return prefix + name.removeprefix("vision_model.") if ours else None
+        name = name.removeprefix("vision_model.")
+        ours = name.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."))
+        return prefix + name if ours and "position_ids" not in name else None
     return read_folder(folder, dtype, keep)

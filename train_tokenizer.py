@@ -21,8 +21,9 @@ def lfq_loss(projected, codebook_size, gamma=2.5, entropy_weight=0.1, commitment
     """
     bits = codebook_size.bit_length() - 1
     x = projected.float().unflatten(-1, (-1, bits)).flatten(0, -3)                            # (n, K, bits)
-    codes = torch.arange(codebook_size, device=x.device)[:, None] >> torch.arange(bits - 1, -1, -1, device=x.device) & 1
-    p = (2 * 100 * x @ (2.0 * codes - 1).T).softmax(-1)                                       # (n, K, N), temperature 1/100
+    powers = 2 ** torch.arange(bits - 1, -1, -1, device=x.device)
+    codes = torch.where((torch.arange(codebook_size, device=x.device)[:, None] & powers) > 0, 1.0, -1.0)     # (N, bits)
+    p = (2 * 100 * x @ codes.T).softmax(-1)                                                   # (n, K, N)
 
     def entropy(p):
         return -(p * p.clamp(min=1e-5).log()).sum(-1)
@@ -72,9 +73,9 @@ def adaptive_weight(nll, g_loss, last_layer):
 class LPIPS(nn.Module):
     """Perceptual distance: VGG-16 features after five ReLUs, unit length per position, squared difference, weighted.
 
-    vgg: torchvision's VGG-16 file; linear: the `lin` weights of LPIPS for VGG. Both are public; safetensors or pickles.
+    vgg: torchvision's VGG-16 file; linear: LPIPS's `lin` weights for it. Both are public, safetensors or pickles.
     """
-    CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))    # torchvision's numbers, pooling between groups
+    CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))    # torchvision's numbers
     WIDTHS = (64, 128, 256, 512, 512)
 
     def __init__(self, vgg, linear):

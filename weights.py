@@ -1,4 +1,4 @@
-"""Files: settings (JSON, the YAML of the published tokenizer) and weights (safetensors, Hugging Face shards, torch pickles).
+"""Files: settings (JSON, the published tokenizer's YAML) and weights (safetensors, Hugging Face shards, pickles).
 
 Nothing here is in the paper. The stages keep their weights under the published names (no renaming stands between a file
 and a module), so loading is: map the file into memory, check every name and shape, hand the tensors to the module.

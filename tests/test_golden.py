@@ -194,12 +194,14 @@ def case_lfq(folder, report):
         report.same(f"{name}.quantized", quantized.detach(), io[f"{name}.train.quantized"])
         report.same(f"{name}.indices", ids, io[f"{name}.train.indices"])
         report.same(f"{name}.eval.indices", ids, io[f"{name}.eval.indices"])
-        for ours, theirs in (("per_sample_entropy",) * 2, ("batch_entropy",) * 2, ("commitment",) * 2, ("loss", "aux_loss")):
-            report.same(f"{name}.{theirs}", losses[ours].detach(), io[f"{name}.train.{theirs}"])
+        for theirs in ("per_sample_entropy", "batch_entropy", "commitment", "aux_loss"):
+            ours = losses["loss" if theirs == "aux_loss" else theirs]
+            report.same(f"{name}.{theirs}", ours.detach(), io[f"{name}.train.{theirs}"])
         ((quantized * io[f"{name}.train.w"]).sum() + losses["loss"]).backward()
         report.gradient(f"{name}.grad_input", x.grad, io[f"{name}.train.grad_input"])
         for part in ("project_in", "project_out"):
-            report.gradient(f"{name}.grad_{part}", getattr(lfq, part).weight.grad, io[f"{name}.train.grad_{part}_weight"])
+            theirs = io[f"{name}.train.grad_{part}_weight"]
+            report.gradient(f"{name}.grad_{part}", getattr(lfq, part).weight.grad, theirs)
         codes = lfq.codes(io[f"{name}.train.indices"])
         report.same(f"{name}.indices_to_codes_noproj", codes.permute(0, 3, 1, 2), io[f"{name}.indices_to_codes_noproj"])
         report.same(f"{name}.indices_to_codes", lfq.project_out(codes).permute(0, 3, 1, 2).detach(),
@@ -274,14 +276,16 @@ def case_vqmodel(folder, report):
         weight = adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight) * gan["disc_weight"]
         factor = gan["disc_factor"] if step >= gan["disc_start"] else 0.0
         total = nll + weight * factor * g_loss + gan["codebook_weight"] * qloss
-        theirs = {key.removeprefix(f"gan.step{step}."): t for key, t in io.items() if key.startswith(f"gan.step{step}.")}
+        start = f"gan.step{step}."
+        theirs = {key.removeprefix(start): t for key, t in io.items() if key.startswith(start)}
         for name, ours in (("g_total", total), ("g.nll_loss", nll), ("g.d_weight", weight), ("g.g_loss", g_loss),
                            ("g.quant_loss", qloss)):
             report.same(f"step{step}.{name}", ours.detach(), theirs[name])
         total.backward()
         for name, gradient in theirs.items():
             if name.startswith("grad."):
-                report.gradient(f"step{step}.{name}", tokenizer.get_parameter(name.removeprefix("grad.")).grad, gradient)
+                ours = tokenizer.get_parameter(name.removeprefix("grad.")).grad
+                report.gradient(f"step{step}.{name}", ours, gradient)
         real, fake = disc(to_rgb(pixels)), disc(xrec.detach())
         report.same(f"step{step}.d.logits_real", real.mean().detach(), theirs["d.logits_real"])
         report.same(f"step{step}.d.logits_fake", fake.mean().detach(), theirs["d.logits_fake"])

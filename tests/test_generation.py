@@ -1,0 +1,162 @@
+"""Generation: cached = uncached, batches = single prompts, what may stand where, sampling."""
+import pytest
+import tiny
+import torch
+
+from generation import Cache, Sampler, generate
+from streams import IMAGE, TEXT, Streams
+from weights import UserError
+
+
+def stack(tokens):
+    return torch.stack(list(tokens), dim=1)               # (B, T, K)
+
+
+def prompts_of(c, g):
+    """Five prompts of different lengths and kinds of interleaving, all ending in text"""
+    return [tiny.interleaved(c, images, g) for images in (0, 1, 2, 1, 0)]
+
+
+def uncached(model, prompt, signal, steps):
+    """Greedy, the whole sequence anew for every token, the place of each decided by counting -> ids, logits"""
+    c, ids, logits = model.config, prompt, []
+    given = len(prompt)
+    for _ in range(steps):
+        streams = Streams.of([ids], c)
+        rows = ids[:, 0] >= c.vocab_size
+        full = torch.zeros(int(rows.sum()), c.contiguous_signal_size)
+        if signal is not None:
+            full[:int((prompt[:, 0] >= c.vocab_size).sum())] = signal
+        hidden = streams.join(model.hidden(streams, full))[0, -1]
+        boi = (ids[:, 0] == c.vocab_size + c.codes).nonzero()
+        inside = len(ids) - 1 - int(boi[-1]) if len(boi) else None
+        if inside is None or inside > c.image_tokens - 1:
+            row = model.lm_head(hidden)
+            token = row.argmax().expand(c.vision_codebook_num)
+        elif inside == c.image_tokens - 1:
+            row, token = None, torch.tensor(c.newline_token_id).expand(c.vision_codebook_num)
+        elif inside == c.image_tokens - 2:
+            row, token = None, torch.tensor(c.vocab_size + c.codes + 1).expand(c.vision_codebook_num)
+        else:
+            row = torch.stack([head(hidden) for head in model.vision_lm_head.heads])
+            token = row[:, :c.codes].argmax(-1) + c.vocab_size
+        logits.append(row)
+        ids = torch.cat([ids, token[None]])
+    return ids[given:], logits
+
+
+KINDS = [{}, {"num_key_value_heads": 2}, {"use_bridge": False}, {"use_expert": False, "use_bridge": False}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ending", ["text", "draw", "complete", "closed"])
+def test_cached_is_uncached(kind, ending):
+    """Text; a picture from BOI; the rest of a picture; behind an EOI: equal tokens, logits within 1e-4"""
+    model, g = tiny.libra(**kind).eval(), torch.Generator().manual_seed(8)
+    c = model.config
+    prompt = tiny.interleaved(c, 1, g)
+    tail = {"text": [], "draw": tiny.image_ids(c, 0), "complete": tiny.image_ids(c, 2, g), "closed": tiny.image_ids(c)}
+    prompt = torch.cat([prompt, tail[ending]]) if ending != "text" else prompt
+    signal = tiny.signals(c, [prompt], g)
+    steps = 12                                            # past EOI and the newline, into text again
+    with torch.no_grad():
+        expected, logits = uncached(model, prompt, signal, steps)
+        ours = stack(generate(model, [prompt], signal, steps))[0]
+        assert torch.equal(ours, expected)
+        caches, seen = [], []
+        decode = model.decode
+        model.decode = lambda streams, cache: (caches.append(cache), seen.append(decode(streams, cache)))[1] or seen[-1]
+        list(generate(model, [prompt], signal, steps))
+        model.decode = decode
+        for hidden, row in zip(seen, logits[1:]):
+            if row is not None and row.dim() == 1:
+                assert (model.lm_head(hidden[0]) - row).abs().max() < 1e-4
+            elif row is not None:
+                assert (torch.stack([head(hidden[0]) for head in model.vision_lm_head.heads]) - row).abs().max() < 1e-4
+    views = set(caches[0].keys)
+    assert views == ({TEXT} if ending in ("text", "closed") or not c.use_bridge else {TEXT, IMAGE})
+
+
+def test_only_codes_inside_an_image_then_eoi_then_newline():
+    model, g = tiny.libra(), torch.Generator().manual_seed(9)
+    c = model.config
+    for head in model.vision_lm_head.heads:               # BOI and EOI would win everywhere
+        head.weight.data[c.codes:] = head.weight.data[:1] * 50
+    prompt = torch.cat([tiny.text_ids(c, 4, g), tiny.image_ids(c, 0)])
+    new = stack(generate(model, [prompt] * 3, None, 8, temperature=1.0))
+    assert (new[:, :4] >= c.vocab_size).all() and (new[:, :4] < c.vocab_size + c.codes).all()
+    assert (new[:, 4] == c.vocab_size + c.codes + 1).all()
+    assert (new[:, 5] == 13).all() and (new[:, 6:] < c.vocab_size).all()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}])
+def test_a_batch_answers_as_its_prompts_alone(sampling):
+    model, g = tiny.libra(), torch.Generator().manual_seed(10)
+    c, prompts = model.config, prompts_of(model.config, g)
+    signals = [tiny.signals(c, [prompt], g) for prompt in prompts]
+    together = stack(generate(model, prompts, torch.cat(signals), 20, **sampling))
+    for row, (prompt, signal) in enumerate(zip(prompts, signals)):
+        if sampling:
+            sampling["seed"] = 3 + row
+        assert torch.equal(together[row], stack(generate(model, [prompt], signal, 20, **sampling))[0])
+
+
+def test_a_batch_of_texts_and_drawings():
+    """Rows of different modality in one step"""
+    model, g = tiny.libra(), torch.Generator().manual_seed(11)
+    c = model.config
+    prompts = [tiny.interleaved(c, 1, g), torch.cat([tiny.interleaved(c, 0, g), tiny.image_ids(c, 1, g)]),
+               torch.cat([tiny.interleaved(c, 1, g), tiny.image_ids(c, 0)])]
+    signals = [tiny.signals(c, [prompt], g) for prompt in prompts]
+    together = stack(generate(model, prompts, torch.cat(signals), 12))
+    for row, (prompt, signal) in enumerate(zip(prompts, signals)):
+        assert torch.equal(together[row], stack(generate(model, [prompt], signal, 12))[0])
+
+
+def test_stop_and_room():
+    model, g = tiny.libra(), torch.Generator().manual_seed(12)
+    prompt = tiny.interleaved(model.config, 0, g)
+    free = stack(generate(model, [prompt], None, 10))[0, :, 0].tolist()
+    stop = free[3]
+    stopped = stack(generate(model, [prompt], None, 10, stop=stop))[0, :, 0].tolist()
+    assert stopped == free[:free.index(stop) + 1]
+    long = tiny.text_ids(model.config, 125, g)
+    assert len(list(generate(model, [long], None, 50))) == 3      # max_position_embeddings is 128
+    with pytest.raises(UserError, match="as many as the model takes"):
+        list(generate(model, [tiny.text_ids(model.config, 128, g)], None, 5))
+
+
+def test_the_text_cache_is_a_llamas():
+    c = tiny.config(num_key_value_heads=2)
+    cache = Cache(c, 3, 50, [TEXT], torch.zeros(()))
+    numbers = sum(t.numel() for buffers in (cache.keys, cache.values) for t in buffers.values())
+    assert numbers == 2 * c.num_hidden_layers * 3 * 2 * 50 * c.head_dim
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).log_softmax(0)
+    many = 20_000
+    draw = lambda **options: torch.bincount(  # noqa: E731
+        Sampler(many, **options)(logits.expand(many, -1), range(many)), minlength=5) / many
+    assert (draw(temperature=1.0) - logits.exp()).abs().max() < 0.015
+    assert (draw(temperature=0.5) - (2 * logits).softmax(0)).abs().max() < 0.015
+    two = draw(temperature=1.0, top_k=2)
+    assert two[2:].sum() == 0 and (two[:2] - logits[:2].softmax(0)).abs().max() < 0.015
+    nucleus = draw(temperature=1.0, top_p=0.7)            # 0.64 + 0.24: two are needed for 0.7
+    assert nucleus[2:].sum() == 0 and nucleus[1] > 0.2
+    assert draw(temperature=1.0, top_p=1e-9)[0] == 1 and draw()[0] == 1
+    assert torch.equal(draw(temperature=1.0, seed=5), draw(temperature=1.0, seed=5))
+    with pytest.raises(UserError, match="top_p"):
+        Sampler(1, temperature=1.0, top_p=0.0)
+
+
+def test_ask(tmp_path):
+    from PIL import Image
+    model = tiny.whole(tmp_path)
+    picture = Image.new("RGB", (40, 30), "red")
+    picture.save(tmp_path / "red.png")
+    answer = model.ask(str(tmp_path / "red.png"), "What is it?", max_new_tokens=8)
+    assert isinstance(answer, str) and answer == model.ask([picture], "What is it?", max_new_tokens=8)
+    assert model.ask([picture, picture], "And these?", 8) is not None and model.ask(None, "No picture?", 8) is not None
+    with pytest.raises(UserError, match=r"gone\.png: no such file"):
+        model.ask("gone.png", "What?")
