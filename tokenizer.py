@@ -326,18 +326,17 @@ class ImageTokenizer(nn.Module):
         folder = Path(folder)
         if (folder / "image_tokenizer").is_dir():
             folder = folder / "image_tokenizer"
+        path, known = folder / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
         if (folder / "vision_tokenizer_config.yaml").is_file():
             config, tensors, source = read_published(folder, dtype)
-        elif (folder / "config.json").is_file():
-            known = {field.name for field in fields(ImageTokenizerConfig)}
-            values = read_json(folder / "config.json")
+        elif path.is_file() and "clip" in (values := read_json(path)):
             if known != values.keys():
-                raise UserError(f"{folder}/config.json is not of an image tokenizer: it lacks "
-                                f"{sorted(known - values.keys())}, unknown are {sorted(values.keys() - known)}")
+                raise UserError(f"{path}: it lacks {sorted(known - values.keys())}, unknown are "
+                                f"{sorted(values.keys() - known)}")
             config, tensors, source = ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
         else:
-            raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer/, config.json or "
-                            "vision_tokenizer_config.yaml in it")
+            raise UserError(f"{folder}: no image tokenizer; expected in it the folder image_tokenizer, or "
+                            "vision_tokenizer_config.yaml. A LLaMA has none: name one that train_tokenizer.py made")
         with torch.device("meta"):
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)

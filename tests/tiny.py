@@ -68,9 +68,9 @@ def signals(c, rows, generator=None):
     return signal * (ids < c.codes)[:, None]
 
 
-def spm(folder, vocab_size=300):
+def spm(folder, vocab_size=380):
     """A SentencePiece model as LLaMA's: BPE, byte fallback, no normalisation"""
-    words = "the a red blue green small large circle square what colour is shape of in left right top USER ASSISTANT"
+    words = "the a red blue green small large circle square what colour is shape of in left top USER: ASSISTANT: ."
     lines = [" ".join(words.split()[i:] + words.split()[:i]) for i in range(len(words.split()))] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(Path(folder) / "tokenizer"), vocab_size=vocab_size,

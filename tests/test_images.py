@@ -1,0 +1,101 @@
+"""Pictures of every kind go in upright and RGB, or one sentence says why not; ids and pixels go round."""
+import io
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from tokenizer import MEAN_COLOUR, ImageTokenizer, open_image, prepare, to_picture, to_rgb
+from weights import UserError
+
+
+def saved(image, ending, **options):
+    file = io.BytesIO()
+    image.save(file, ending, **options)
+    file.seek(0)
+    return file
+
+
+def half_red():
+    """Left half red, right half blue, 40 x 20"""
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
+    return image
+
+
+def colour(image, x, y):
+    return tuple(round(v / 32) for v in image.getpixel((x, y)))
+
+
+def test_odd_pictures():
+    red, blue, white, grey = (8, 0, 0), (0, 0, 8), (8, 8, 8), (4, 4, 4)
+    assert colour(open_image(saved(half_red().convert("P"), "PNG")), 5, 5) == red
+    assert colour(open_image(saved(half_red().convert("CMYK"), "JPEG", quality=95)), 5, 5) == red
+    glass = half_red().convert("RGBA")
+    glass.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    shown = open_image(saved(glass, "PNG"))
+    assert colour(shown, 5, 5) == white and colour(shown, 35, 5) == blue
+    assert colour(open_image(saved(glass.convert("LA"), "PNG")), 5, 5) == white
+    deep = Image.fromarray(np.full((20, 40), 32768, dtype=np.uint16))
+    assert colour(open_image(saved(deep, "PNG")), 5, 5) == grey
+    assert colour(open_image(Image.new("1", (9, 9), 1)), 5, 5) == white
+    assert colour(open_image(Image.new("F", (9, 9), 128.0)), 5, 5) == grey
+    exif = Image.Exif()
+    exif[274] = 3                                         # upside down
+    assert colour(open_image(saved(half_red(), "JPEG", exif=exif, quality=95)), 5, 5) == blue
+    exif[274] = 6
+    assert open_image(saved(half_red(), "JPEG", exif=exif)).size == (20, 40)
+
+
+def test_sizes_from_a_point_to_a_strip():
+    for size in ((1, 1), (20000, 10), (10, 20000), (3, 500), (57, 56)):
+        for square in (True, False):
+            pixels = prepare(Image.new("RGB", size, "red"), 56, square)
+            assert pixels.shape == (3, 56, 56) and torch.isfinite(pixels).all()
+            centre = (to_rgb(pixels)[:, 28, 28] + 1) / 2
+            assert square or torch.allclose(centre, torch.tensor([1.0, 0.0, 0.0]), atol=0.01)
+
+
+def test_padding_keeps_all_and_has_the_mean_colour():
+    rgb = ((to_rgb(prepare(half_red(), 40)) + 1) * 127.5).round()
+    assert rgb[:, 2, 20].tolist() == list(MEAN_COLOUR) == [122, 116, 104]
+    assert rgb[:, 20, 2].tolist() == [255, 0, 0] and rgb[:, 20, 37].tolist() == [0, 0, 255]
+    cropped = ((to_rgb(prepare(half_red(), 40, square=False)) + 1) * 127.5).round()
+    assert cropped[:, 2, 2].tolist() == [255, 0, 0] and cropped[:, 37, 37].tolist() == [0, 0, 255]
+
+
+def test_what_is_no_picture_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "text.jpg").write_text("hello")
+    whole = saved(half_red(), "PNG").getvalue()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    for name in ("gone.jpg", "text.jpg", "cut.png"):
+        with pytest.raises(UserError, match=name):
+            open_image(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    with pytest.raises(UserError, match="decompression bomb"):
+        open_image(saved(half_red(), "PNG"))
+
+
+def test_ids_and_pixels_go_round(tmp_path):
+    tokenizer = tiny.image_tokenizer()
+    pixels = torch.stack([prepare(half_red(), 32), torch.randn(3, 32, 32)])
+    ids, signal = tokenizer.encode(pixels)
+    assert ids.shape == (2, 16, 2) and ids.dtype == torch.long and ids.min() >= 0 and ids.max() < 16
+    assert signal.shape == (2, 16, 64)
+    quantized, grid_ids, projected = tokenizer.quantized(signal)
+    assert torch.equal(grid_ids.flatten(1, 2), ids)
+    assert torch.equal(tokenizer.quantize.codes(ids), torch.where(projected > 0, 1.0, -1.0).flatten(1, 2))
+    expected = tokenizer.decoder(tokenizer.post_quant_conv(quantized))
+    drawn = tokenizer.decode(ids)
+    assert drawn.shape == (2, 3, 32, 32) and (drawn - expected).abs().max() < 1e-5
+    assert to_picture(drawn[0]).size == (32, 32)
+    with pytest.raises(UserError, match="expected 0 to 15"):
+        tokenizer.decode(ids + 10)
+    tokenizer.save_pretrained(tmp_path)
+    again = ImageTokenizer.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.encode(pixels), (ids, signal)))
+    assert not any(p.requires_grad for p in again.parameters())
+    half = ImageTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.encode(pixels.bfloat16())[1].dtype == torch.bfloat16

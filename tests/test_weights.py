@@ -1,0 +1,315 @@
+"""Folders: ours, a LLaMA's, the published ones; what is wrong with a folder is said by name; memory while loading."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import LibraConfig
+from generation import generate, see
+from model import Libra
+from text import IMG, spell_out
+from tokenizer import ImageTokenizer
+from weights import UserError, read_json, read_tensors, read_yaml, weight_files, write_json
+
+YAML = """freeze: True   # nothing here learns
+max_vision_token_length: 18
+params:
+  embed_dim: 32
+  ckpt_path: vqgan.ckpt
+  codebook_size: 16
+  num_codebook: 2
+
+  # the decoder
+  ddconfig:
+    encoder_name: openai-clip-vit
+    select_layer: [1,3]
+    double_z: False
+    z_channels: 32
+    resolution: 32
+    in_channels: 3
+    out_ch: 3
+    ch: 32
+    ch_mult: [1,1]
+    num_res_blocks: 1
+    attn_resolutions: [4]
+    dropout: 0.0
+    initial_resolution: 4
+    num_attn_head: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder of ours"""
+    path = tmp_path_factory.mktemp("model")
+    tiny.whole(path).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def answer(model):
+    from PIL import Image
+    codes, signal = see(model, [Image.new("RGB", (30, 20), "red")])
+    prompt = spell_out([1, IMG, 13, 270], [0] * 4, codes, model.config)[0]
+    return torch.stack(list(generate(model, [prompt], signal, 8)))
+
+
+def publish(model, path, clip_inside=True):
+    """Write a model as the authors published theirs"""
+    path.mkdir()
+    (path / "vision_tokenizer_config.yaml").write_text(YAML)
+    extra = {"vision_hidden_placeholder": torch.zeros(32), "naive_placeholder": torch.zeros(32),
+             "vision_logits_placeholder": torch.zeros(1, 18), "language_logits_placeholder": torch.zeros(1, 60),
+             "eoi_to_newline_logits_placeholder": torch.zeros(1, 1, 1, 78),
+             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    tensors = list(({k: v.contiguous() for k, v in model.state_dict().items()} | extra).items())
+    index = {}
+    for i in range(5):
+        name = f"model-0000{i + 1}-of-00005.safetensors"
+        save_file(dict(tensors[i::5]), path / name)
+        index |= dict.fromkeys(dict(tensors[i::5]), name)
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    write_json(path / "config.json", model.config.to_dict() | {
+        "unified_head": False, "use_2d_rope": False, "concat_signals": True, "norm_signals": True, "hidden_act": "silu",
+        "vision_prediction_mode": "1d", "torch_dtype": "bfloat16", "bos_token_id": 1, "attn_pdrop": 0.0})
+    shutil.copy(model.tokenizers.text.path, path / "tokenizer.model")
+    images = model.tokenizers.image
+    clip = path / "openai-clip-vit"
+    clip.mkdir()
+    write_json(clip / "config.json", {"vision_config": tiny.CLIP | {"hidden_act": "quick_gelu"}, "text_config": {}})
+    tower = "encoder.vision_tower.vision_model."
+    vision = {k.replace(tower, "vision_model."): v.contiguous() for k, v in images.state_dict().items() if tower in k}
+    torch.save(vision | {"text_model.x": torch.zeros(1), "logit_scale": torch.zeros(()),
+                         "vision_model.embeddings.position_ids": torch.arange(17)}, clip / "pytorch_model.bin")
+    state = {k: v for k, v in images.state_dict().items() if clip_inside or tower not in k}
+    state |= {"quantize.mask": torch.ones(4), "loss.discriminator.main.0.bias": torch.zeros(3),
+              **({tower + "embeddings.position_ids": torch.arange(17)} if clip_inside else {})}
+    torch.save({"state_dict": state, "epoch": 3}, path / "vqgan.ckpt")
+    return path
+
+
+def test_save_and_load(folder, tmp_path):
+    model = Libra.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    again = Libra.from_pretrained(tmp_path / "again")
+    assert again.config == model.config and torch.equal(answer(again), answer(model))
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+    model.save_pretrained(folder)                         # over its own files
+    assert torch.equal(answer(Libra.from_pretrained(folder)), answer(model))
+    half = Libra.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == half.tokenizers.image.quant_conv.weight.dtype == torch.bfloat16
+    assert answer(half).shape == (8, 1, 2)
+
+
+@pytest.mark.parametrize("clip_inside", [True, False])
+def test_published_folder_as_it_is(folder, tmp_path, clip_inside):
+    model = Libra.from_pretrained(folder)
+    path = publish(model, tmp_path / "libra-11b-chat", clip_inside)
+    assert torch.equal(answer(Libra.from_pretrained(path)), answer(model))
+    alone = tmp_path / "libra-vision-tokenizer"
+    alone.mkdir()
+    for name in ("vqgan.ckpt", "vision_tokenizer_config.yaml", "openai-clip-vit"):
+        (path / name).rename(alone / name)
+    tokenizer = ImageTokenizer.from_pretrained(alone)
+    for (name, a), b in zip(tokenizer.state_dict().items(), model.tokenizers.image.state_dict().values()):
+        assert torch.equal(a, b), name
+    with pytest.raises(UserError, match="no image tokenizer; expected"):
+        Libra.from_pretrained(path)
+
+
+def llama_folder(path, folder, pickled=False, **changes):
+    """A LLaMA as Hugging Face writes it, with the tokenizer of a model folder"""
+    model = Libra.from_pretrained(folder)
+    names = {id(p) for m in model.llama() for p in m.parameters()}
+    tensors = {k: p.detach().contiguous() for k, p in model.named_parameters() if id(p) in names}
+    path.mkdir()
+    if pickled:
+        torch.save(tensors, path / "pytorch_model.bin", _use_new_zipfile_serialization=pickled != "legacy")
+    else:
+        save_file(tensors, path / "model.safetensors")
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps")
+    write_json(path / "config.json", {k: v for k, v in model.config.to_dict().items() if k in keys} | {
+        "model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}} | changes)
+    shutil.copy(folder / "tokenizer.model", path / "tokenizer.model")
+    return model
+
+
+@pytest.mark.parametrize("pickled", [False, True, "legacy"])
+def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled):
+    source = llama_folder(tmp_path / "llama", folder, pickled)
+    torch.manual_seed(3)
+    model = Libra.from_pretrained(tmp_path / "llama", folder / "image_tokenizer", bridge_rank=3)
+    assert "the visual part, " in capsys.readouterr().out
+    assert model.config.bridge_rank == 3 and model.config.rope_theta == 500 and model.config.image_tokens == 18
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight)
+    attention = model.model.layers[0].self_attn
+    assert (attention.vision_k_bridge_on_vision.weight_B == 0).all()
+    assert (model.model.layers[0].vision_input_layernorm.weight == 1).all()
+    for w in (attention.vision_k_bridge_on_vision.weight_A, attention.vision_q_proj.weight_B,
+              model.vision_lm_head.heads[1].weight, model.model.vision_embed_tokens[0].weight):
+        assert 0.015 < w.std() < 0.025
+    assert answer(model).shape == (8, 1, 2)
+    with pytest.raises(UserError, match="no image tokenizer; expected"):
+        Libra.from_pretrained(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*llama3"),
+    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope_scaling is .*yarn"),
+    ("sliding_window", 4096, "sliding_window is 4096"), ("attention_bias", True, "attention_bias is True"),
+    ("mlp_bias", True, "mlp_bias is True"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+    ("model_type", "qwen2", "model_type is 'qwen2'"), ("num_experts", 8, "unknown fields: num_experts = 8"),
+    ("unified_head", True, "unified_head is True"), ("intermediate_size", None, "it lacks intermediate_size"),
+    ("bridge_rank", None, "it lacks bridge_rank"), ("max_vision_token_length", 578, "max_vision_token_length is 578"),
+    ("vision_down_ratio", 5, "does not divide by 5"), ("vocab_size", 379, "tensors have another shape"),
+    ("hidden_size", 64, "tensors have another shape than config.json says"),
+    ("newline_token_id", 14, "newline_token_id is 14"), ("quantization_config", {"bits": 4}, "quantization_config is"),
+    ("image_feature_resolution", 5, "max_vision_token_length is 18")])
+def test_configs_that_do_not_fit(copy, field, value, message):
+    values = read_json(copy / "config.json")
+    write_json(copy / "config.json", values | {field: value})
+    with pytest.raises(UserError, match=message):
+        Libra.from_pretrained(copy)
+
+
+def test_weights_that_do_not_fit(copy):
+    path, tensors = copy / "model.safetensors", load_file(copy / "model.safetensors")
+    name = "model.layers.1.self_attn.vision_k_bridge_on_vision.weight_A"
+
+    def expect(message, **changed):
+        save_file({k: v for k, v in (tensors | changed).items() if v is not None}, path)
+        with pytest.raises(UserError, match=message):
+            Libra.from_pretrained(copy)
+    expect(f"1 tensors are missing: {name}", **{name: None})
+    expect("1 tensors are unknown: model.layers.0.q_lora", **{"model.layers.0.q_lora": torch.zeros(3)})
+    expect(r"vision_norm.weight is \(31,\), expected \(32,\)", **{"model.vision_norm.weight": torch.zeros(31)})
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read as weights .*download complete"):
+        Libra.from_pretrained(copy)
+    path.unlink()
+    with pytest.raises(UserError, match="no weights; expected one of model.safetensors"):
+        Libra.from_pretrained(copy)
+
+
+def test_missing_and_cut_shards(folder, tmp_path):
+    path = publish(Libra.from_pretrained(folder), tmp_path / "p")
+    shard = path / "model-00003-of-00005.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(UserError, match="model-00003-of-00005.safetensors is missing"):
+        Libra.from_pretrained(path)
+    shard.write_bytes(content[:100])
+    with pytest.raises(UserError, match="model-00003-of-00005.safetensors: cannot be read"):
+        Libra.from_pretrained(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/evil-was-here"),))
+
+
+def test_pickles_run_no_code(folder, tmp_path):
+    path = publish(Libra.from_pretrained(folder), tmp_path / "p")
+    torch.save({"state_dict": {"decoder.x": Evil()}}, path / "vqgan.ckpt")
+    with pytest.raises(UserError, match=r"vqgan.ckpt: refused"):
+        Libra.from_pretrained(path)
+    assert not Path("/tmp/evil-was-here").exists()
+    (path / "vqgan.ckpt").write_bytes(b"not a pickle")
+    with pytest.raises(UserError, match="vqgan.ckpt"):
+        Libra.from_pretrained(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_tensors(tmp_path / "gone.ckpt")
+
+
+def test_folders_that_do_not_belong_together(copy, tmp_path):
+    tiny.spm(tmp_path, vocab_size=360)
+    (tmp_path / "tokenizer.model").rename(copy / "tokenizer.model")
+    with pytest.raises(UserError, match="vocab_size is .* do not belong together"):
+        Libra.from_pretrained(copy)
+    with pytest.raises(UserError, match="no such folder"):
+        Libra.from_pretrained(copy / "gone")
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        Libra.from_pretrained(copy)
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(YAML)
+    top = read_yaml(path)
+    assert top["freeze"] is True and top["params"]["ddconfig"]["select_layer"] == [1, 3]
+    assert top["params"]["ddconfig"]["dropout"] == 0.0 and top["params"]["codebook_size"] == 16
+    assert top["params"]["ddconfig"]["encoder_name"] == "openai-clip-vit"
+    path.write_text("a: 1\n- b\n")
+    with pytest.raises(UserError, match="x.yaml, line 2: expected 'key: value', found '- b'"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("line, message", [("  embedding: 3\n", r"unknown keys \['embedding'\]"),
+                                           ("  embed_dim: 33\n", "tensors have another shape")])
+def test_yaml_keys_that_are_not_known(folder, tmp_path, line, message):
+    path = publish(Libra.from_pretrained(folder), tmp_path / "p")
+    text = YAML.replace("  embed_dim: 32\n", line if "embed_dim" in line else "  embed_dim: 32\n" + line)
+    (path / "vision_tokenizer_config.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        ImageTokenizer.from_pretrained(path)
+
+
+def test_weight_files_prefer_safetensors(tmp_path):
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {}})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="names 0 shards"):
+        weight_files(tmp_path)
+
+
+PEAK = """
+import re, sys, json
+sys.path.insert(0, sys.argv[1])
+import torch, model
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+with torch.device("meta"):
+    model.Libra(model.LibraConfig(num_hidden_layers=1))   # what torch loads when it is first used
+before = peak()
+m = model.load(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+total = sum(float(p.detach().sum()) for p in m.parameters())
+print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in m.parameters()), total]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_never_holds_the_weights_twice(tmp_path, dtype):
+    """Every weight is read, so that mapped pages count too. bfloat16 is cast shard by shard."""
+    c = LibraConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
+    torch.manual_seed(0)
+    model = Libra(c)
+    tensors, index = list(model.state_dict().items()), {}
+    for i in range(8):
+        shard = {k: v.contiguous() for k, v in tensors[i::8]}
+        index |= dict.fromkeys(shard, f"model-{i}.safetensors")
+        save_file(shard, tmp_path / f"model-{i}.safetensors")
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": index})
+    write_json(tmp_path / "config.json", c.to_dict())
+    root = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", PEAK, root, str(tmp_path), dtype]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, size, total = json.loads(run.stdout.splitlines()[-1])
+    print(f"{dtype}: peak {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB of weights, {peak / size:.2f} x")
+    assert peak <= (1.15 if dtype == "float32" else 1.6) * size
+    expected = sum(float(p.detach().to(getattr(torch, dtype)).sum()) for p in model.parameters())
+    assert abs(total - expected) < 1e-3 * abs(expected)
