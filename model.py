@@ -187,7 +187,7 @@ def routed_attention(q, views, streams, mask=None):
     return torch.cat(out)[torch.cat([rows for rows, _ in streams.groups]).argsort()]
 
 
-MOST_CALLS = 16    # beyond it two calls over everything are faster than many short ones
+MOST_CALLS = 32    # beyond it two calls over everything are faster than many short ones
 
 
 def causal_attention(q, k, v, mask=None):
