@@ -1,4 +1,192 @@
-"""Figures 4 and 7"""
+"""Look, talk, draw (Sec. 4.3, Fig. 3, 5, 6): everything a trained Libra does with a picture.
+
+    python generate.py --image cat.jpg "What is unusual here?"          # without a question: a chat
+    python generate.py --draw "a red bus" --out bus.png                 # text to image, E_c = 0
+    python generate.py --complete cat.jpg --rows 8 --out completed.png  # the upper rows are given, the rest is drawn
+    python generate.py --reconstruct cat.jpg --out both.png             # the picture beside what its ids hold of it
+
+--model is a folder of sft.py or pretrain.py, or a published one; the toy world's by default.
+"""
+import argparse
+import json
+import sys
+import time
+
+import torch
+from PIL import Image
+
+import engine
+from generation import generate, see
+from model import Libra
+from pretrain import TOY, need
+from text import IMG, spell_out
+from tokenizer import open_image, prepare, to_picture, to_rgb
+from weights import UserError
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser.add_argument("question", nargs="?", help="what to ask; without it a chat (/image FILE, /reset, Ctrl-D)")
+    g = parser.add_argument_group("what to do")
+    g.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
+    g.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture to ask about; repeatable")
+    g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining learned to, without a template")
+    g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
+    g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
+    g.add_argument("--rows", type=int, default=0, help="rows of the picture's tokens that are given; 0: half of them")
+    g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
+    g.add_argument("--out", metavar="FILE", default="out.png", help="where a drawn picture goes")
+    g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
+    g = parser.add_argument_group("how")
+    g.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
+    g.add_argument("--temperature", type=float, default=None, help="0 is greedy; None: 0 for text, 1 for pictures")
+    g.add_argument("--top-k", type=int, default=0, help="sample from the k most likely; 0: from all")
+    g.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely that make up this share")
+    g.add_argument("--seed", type=int, default=0, help="of sampling")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
+    return parser
+
+
+def main():
+    args = options().parse_args()
+    if args.temperature is None:
+        args.temperature = 1.0 if args.draw or args.complete else 0.0
+    dtype = engine.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    model = Libra.from_pretrained(need(args.model), dtype=dtype, device=args.device).eval()
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    if args.draw:
+        save(draw(model, [args.draw], **sampling)[0], args.out)
+    elif args.complete:
+        save(complete(model, [args.complete], args.rows or model.config.image_feature_resolution // 2, **sampling)[0],
+             args.out)
+    elif args.reconstruct:
+        picture, psnr = reconstruct(model, args.reconstruct)
+        save(picture, args.out)
+        print(f"PSNR {psnr:.2f} dB")
+    elif args.caption:
+        print(caption(model, [args.caption], args.max_new_tokens, **sampling)[0])
+    elif args.question is None:
+        chat(model, args.image, args.max_new_tokens, **sampling)
+    else:
+        answer(model, args, sampling)
+
+
+def save(picture, path):
+    try:
+        picture.save(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--out {path}: cannot be written ({error})") from None
+    print(f"{path}: {picture.width} x {picture.height} pixels")
+
+
+def answer(model, args, sampling):
+    began = time.perf_counter()
+    text = stream(model, [(args.question, len(args.image), None)], args.image, args.max_new_tokens,
+                  None if args.json else sys.stdout, **sampling)
+    if args.json:
+        print(json.dumps({"question": args.question, "images": args.image, "answer": text,
+                          "seconds": round(time.perf_counter() - began, 3)}, ensure_ascii=False))
+
+
+def stream(model, turns, images, max_new_tokens, out=None, **sampling):
+    """Answer the open last turn; `out` gets the words as they come. -> the answer"""
+    text = model.tokenizers.text
+    codes, signal = see(model, images)
+    prompt = spell_out(*text.chat(turns), codes, model.config)[0]
+    ids, shown = [], ""
+    for token in generate(model, [prompt], signal, max_new_tokens, text.eos, **sampling):
+        ids.append(int(token[0, 0]))
+        words = text.decode(ids)
+        if out and words.startswith(shown) and not words.endswith("\ufffd"):                  # half a character waits
+            out.write(words[len(shown):])
+            out.flush()
+            shown = words
+    words = text.decode(ids)
+    if out:
+        out.write(words[len(shown):] + "\n")
+    return words
+
+
+def chat(model, images, max_new_tokens, **sampling):
+    """Turns with history, as in Fig. 6"""
+    turns, shown, waiting = [], [], list(images)
+    print("Ask. /image FILE shows a picture, /reset forgets all, Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/reset":
+            turns, shown, waiting = [], [], []
+        elif line.startswith("/image "):
+            try:
+                open_image(path := line.removeprefix("/image ").strip())
+                waiting.append(path)
+            except UserError as error:
+                print(error)
+        elif line:
+            try:
+                asked = turns + [(line, len(waiting), None)]
+                words = stream(model, asked, shown + waiting, max_new_tokens, sys.stdout, **sampling)
+                turns, shown, waiting = asked[:-1] + [(*asked[-1][:2], words)], shown + waiting, []
+            except UserError as error:
+                print(error)
+
+
+def caption(model, images, max_new_tokens=64, **sampling):
+    """Continue `<s> [IMG] newline` for each picture: what pretraining learned. -> list of texts"""
+    text, rows = model.tokenizers.text, []
+    codes, signal = see(model, images)
+    prompts = [spell_out([text.bos, IMG, text.newline], [0] * 3, [c], model.config)[0] for c in codes]
+    for token in generate(model, prompts, signal, max_new_tokens, text.eos, **sampling):
+        rows.append(token[:, 0])
+    return [text.decode(row) for row in torch.stack(rows, dim=1).tolist()]
+
+
+def draw(model, texts, **sampling):
+    """`<s> text newline BOI`, then both codebooks place by place, E_c = 0 (Sec. 4.3). -> list of PIL images"""
+    blank = torch.zeros(model.config.image_feature_resolution ** 2, model.config.vision_codebook_num, dtype=torch.long)
+    prompts = []
+    for words in texts:
+        ids, counted = model.tokenizers.text.caption(words, image_first=False)
+        prompts.append(spell_out(ids, counted, [blank], model.config)[0][:1 - model.config.image_tokens])
+    return [to_picture(rgb) for rgb in finish(model, prompts, **sampling)]
+
+
+def complete(model, images, rows, **sampling):
+    """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a). -> list of PIL images"""
+    grid = model.config.image_feature_resolution
+    if not 0 < rows < grid:
+        raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
+    codes, _ = see(model, images, square=False)
+    start = [model.tokenizers.text.bos, IMG]
+    prompts = [spell_out(start, [0, 0], [c], model.config)[0][:2 + rows * grid] for c in codes]
+    return [to_picture(rgb) for rgb in finish(model, prompts, **sampling)]
+
+
+def finish(model, prompts, **sampling):
+    """Prompts that end inside an image, at the same place -> pixels (B, 3, R, R)"""
+    c, whole = model.config, model.config.image_feature_resolution ** 2
+    given = [prompt[prompt[:, 0] >= c.vocab_size][1:] for prompt in prompts]                  # codes behind BOI
+    drawn = torch.stack(list(generate(model, prompts, None, whole - len(given[0]), **sampling)), dim=1)
+    codes = torch.cat([torch.stack(given), drawn], dim=1) - c.vocab_size                      # (B, G*G, K)
+    return model.tokenizers.image.decode(codes.to(model.lm_head.weight.device))
+
+
+def reconstruct(model, image):
+    """-> the picture as the tokenizer sees it beside what its ids hold of it (Fig. 2, 5), PSNR in dB"""
+    tokenizer = model.tokenizers.image
+    pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None]
+    pixels = pixels.to(tokenizer.quant_conv.weight)
+    rgb, drawn = to_rgb(pixels).float(), tokenizer.decode(tokenizer.encode(pixels)[0]).float().clamp(-1, 1)
+    psnr = float(10 * torch.log10(4 / (rgb - drawn).square().mean()))
+    both = [to_picture(x[0]) for x in (rgb, drawn)]
+    picture = Image.new("RGB", (2 * both[0].width, both[0].height))
+    for i, half in enumerate(both):
+        picture.paste(half, (i * half.width, 0))
+    return picture, psnr
 
 
 def attention_difference(maps):
@@ -11,3 +199,7 @@ def attention_difference(maps):
     cross = (maps - maps.mean(dim=0, keepdim=True)).abs().mean(dim=(1, 2, 3))
     inner = (maps - maps.mean(dim=2, keepdim=True)).abs().mean(dim=(1, 2, 3))
     return cross, inner
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -337,6 +337,11 @@ class Libra(nn.Module):
                                   for k, head in enumerate(self.vision_lm_head.heads)])
         rows = streams.text_rows
         text_loss = F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum")
+        if self.config.use_bridge and len(streams.modalities()) == 1:      # no one asks over the bridge: gradient zero,
+            for block in self.model.layers:                                # not none, so that all ranks stay in step
+                a = block.self_attn
+                for bridge in (a.vision_k_bridge_on_language, a.vision_v_bridge_on_language):
+                    text_loss = text_loss + 0 * (bridge.weight_A.sum() + bridge.weight_B.sum())
         return text_loss, image_loss
 
     def loss(self, streams, signal=None):

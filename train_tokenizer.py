@@ -1,15 +1,26 @@
-"""Stage 0: the losses that train the image tokenizer (Sec. 3.2, A.1).
+"""Stage 0, the image tokenizer (Sec. 3.2, A.1): a VQGAN over the frozen CLIP with lookup-free quantization.
 
-A VQGAN over the frozen CLIP: L1 and LPIPS between picture and reconstruction, a PatchGAN discriminator whose weight
-adapts, and the entropy and commitment losses of lookup-free quantization. Only the decoder, the quantizer and the two
-1x1 convolutions learn.
+    python train_tokenizer.py                                               # on the toy world of `make demo`
+    torchrun --nproc_per_node=8 train_tokenizer.py --clip clip-vit-large-patch14-336 --data 'sa1b/{00000..00999}.tar' \\
+        --vgg vgg16.pth --lpips lpips_vgg.pth --out runs/tokenizer
+
+L1 and LPIPS between picture and reconstruction, a PatchGAN discriminator whose weight adapts, and the entropy and
+commitment losses of LFQ. Only the decoder, the quantizer and the two 1x1 convolutions learn. The paper gives the data
+(10 M images) and no recipe; the numbers here are ours.
 """
+import argparse
+import time
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
+import engine
+from data import Pictures, expand, loader, open_source
+from pretrain import TOY, need, save_recipe
+from tokenizer import ImageTokenizer, ImageTokenizerConfig, read_clip_sizes, read_clip_weights, to_picture, to_rgb
 from weights import UserError, assign, read_tensors, select
 
 
@@ -109,3 +120,164 @@ class LPIPS(nn.Module):
             a, b = F.normalize(both, dim=1, eps=1e-10).chunk(2)
             total = total + lin((a - b).square()).mean()
         return total
+
+
+# ---------------------------------------------------------------- the stage
+
+NUMBERS = ("embed_dim", "codebook_size", "num_codebooks", "z_channels", "ch", "num_res_blocks", "num_attn_heads")
+LISTS = ("select_layers", "ch_mult", "attn_resolutions")
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    g = parser.add_argument_group("what is trained, on what")
+    g.add_argument("--clip", metavar="DIR", dest="encoder", default=TOY / "clip", help="Hugging Face CLIP folder")
+    g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
+                   help="img2dataset shards; captions are not read")
+    g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
+                   help="what paths in JSON files are relative to")
+    g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; without them only L1")
+    g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
+    g = parser.add_argument_group("the tokenizer (the published sizes)")
+    published = ImageTokenizerConfig(clip={"image_size": 336, "patch_size": 14, "num_hidden_layers": 24})
+    for name in NUMBERS:
+        option = "--" + name.replace("_", "-")
+        g.add_argument(option, type=int, default=getattr(published, name), help="see tokenizer.py")
+    for name in LISTS:
+        g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=getattr(published, name),
+                       help="see tokenizer.py")
+    g = parser.add_argument_group("losses")
+    g.add_argument("--disc-start", type=int, default=20_000, help="step at which the discriminator joins")
+    g.add_argument("--disc-weight", type=float, default=0.8, help="of the adversarial loss, times its adaptive weight")
+    g.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS")
+    g.add_argument("--entropy-weight", type=float, default=0.1, help="of the entropy losses")
+    g.add_argument("--sample-every", type=int, default=1000, metavar="N", help="steps between pictures in samples/")
+    engine.add_options(parser, steps=200_000, warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0)
+    parser.set_defaults(out=str(TOY / "tokenizer"))
+    return parser
+
+
+def new_tokenizer(args):
+    """A tokenizer over the CLIP of --clip; all but CLIP is new"""
+    sizes = read_clip_sizes(need(args.encoder))
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(
+        clip=sizes, resolution=sizes["image_size"], grid=sizes["image_size"] // sizes["patch_size"],
+        **{name: getattr(args, name) for name in NUMBERS + LISTS}))
+    with torch.device("meta"):
+        tokenizer.encoder.vision_tower.vision_model = type(tokenizer.clip)(**sizes)
+    assign(tokenizer.clip, read_clip_weights(args.encoder, torch.float32), args.encoder)
+    tokenizer.clip.requires_grad_(False)
+    return tokenizer
+
+
+class Trained(nn.Module):
+    """What a step runs, in one module: replicas synchronise what passes through forward."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, signal):
+        quantized, ids, projected = self.tokenizer.quantized(signal)
+        return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, projected
+
+
+def main():
+    args = options().parse_args()
+    world = engine.start(args)
+    tokenizer = new_tokenizer(args).to(world.device)
+    discriminator = Discriminator().to(world.device)
+    lpips = LPIPS(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
+    recipe = Pictures(tokenizer.config.resolution, args.seed)
+    train(args, world, tokenizer, discriminator, lpips, recipe)
+
+
+def train(args, world, tokenizer, discriminator, lpips, recipe):
+    """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
+    out = save_recipe(args, world)
+    (out / "samples").mkdir(exist_ok=True)
+    wrapped, wrapped_disc = engine.wrap(Trained(tokenizer), world), engine.wrap(discriminator, world)
+    models = [tokenizer, discriminator]
+    optimizers = [engine.adamw(model.parameters(), args) for model in models]
+    checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
+    stop, start, state = engine.Stop(world), 0, None
+    if args.resume and (newest := checkpoints.newest()):
+        start, state = checkpoints.load(newest, models, optimizers)
+        world.say(f"going on from {newest}")
+    sources = [open_source(path, args.images) for path in expand(args.data)]
+    batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
+                            args.workers, state, world.device.type == "cuda")
+    c = tokenizer.config
+    used = torch.zeros(c.num_codebooks, c.codebook_size, device=world.device)
+    for step, batch in zip(range(start, args.steps), batches):
+        clock = time.perf_counter()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = engine.learning_rate(step, args)
+        pixels = batch.pixels.to(world.device, non_blocking=True)
+        numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
+        used *= 0.98                                      # codes of about the last 50 batches
+        used += torch.stack([torch.bincount(ids[..., k].flatten(), minlength=c.codebook_size)
+                             for k in range(c.num_codebooks)])
+        p = used / used.sum(-1, keepdim=True)
+        numbers |= {"used": float((used > 0.5).float().mean()), "perplexity": float(perplexity(p).mean()),
+                    "lr": optimizers[0].param_groups[0]["lr"],
+                    "samples/s": args.batch / (time.perf_counter() - clock)}
+        log(step + 1, numbers)
+        if world.first and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
+            pairs = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(to_rgb(pixels[:8]), xrec[:8])], dim=2)
+            to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
+        ended = stop()
+        if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start))
+        if ended:
+            world.say(f"stopped after step {step + 1}; --resume goes on")
+            return
+    if world.first:
+        tokenizer.save_pretrained(out)
+    world.say(f"{out} is an image tokenizer folder")
+    engine.barrier(world)
+
+
+def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixels):
+    """One update of the generator, and of the discriminator once it has joined. -> numbers, ids, reconstructions"""
+    target, adversarial = to_rgb(pixels), step >= args.disc_start
+    with world.autocast():
+        with torch.no_grad():
+            signal = tokenizer.signal(pixels)
+        xrec, ids, projected = wrapped(signal)
+    xrec = xrec.float()
+    l1 = F.l1_loss(xrec, target)
+    nll = l1 + args.perceptual_weight * lpips(xrec, target) if lpips else l1
+    code = lfq_loss(projected, tokenizer.config.codebook_size, entropy_weight=args.entropy_weight)
+    loss, weight, judged = nll + code["loss"], None, None
+    if adversarial:
+        g_loss = -disc(xrec).mean()
+        weight = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
+        loss = loss + weight * g_loss
+    generator, critic = optimizers
+    generator.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for p in tokenizer.parameters() if p.requires_grad], args.clip_norm)
+    if not torch.isfinite(norm):
+        raise UserError(f"step {step + 1}: the gradient is not finite; lower --lr, or look at the batch's pictures")
+    generator.step()
+    if adversarial:
+        critic.zero_grad(set_to_none=True)
+        judged = discriminator_loss(disc(target), disc(xrec.detach()))
+        judged.backward()
+        critic.step()
+    mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)
+    return {"l1": float(l1), "psnr": float(10 * torch.log10(4 / mse)), "entropy": float(code["per_sample_entropy"]),
+            "batch_entropy": float(code["batch_entropy"]), "commit": float(code["commitment"]), "norm": float(norm),
+            "disc": None if judged is None else float(judged),
+            "disc_weight": None if weight is None else float(weight)}, ids, xrec.detach()
+
+
+def perplexity(p):
+    """p (K, N) -> (K,): how many codes are in even use"""
+    return torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,328 @@
+"""Data (Sec. 3.3): captions from tar shards and COCO, chats from LLaVA JSON, as batches of token streams.
+
+    python pretrain.py --data 'coyo/{00000..07776}.tar' coco_karpathy_train.json --images coco ...
+
+How it stays exact: all sources are cut into shards; an epoch is a shuffled list of shards; a few shards at a time are
+listed (tar headers only), their samples shuffled together and dealt out to steps, ranks and micro-batches in one global
+order. So every sample is used once per epoch whatever the number of processes, and the position in the data is three
+numbers. A bad sample leaves its place empty and is counted: nothing shifts.
+"""
+import glob
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from streams import Streams
+from text import Text, cut, spell_out
+from tokenizer import open_image, prepare
+from weights import UserError, read_json
+
+SHARD = 10_000                 # entries of a JSON file that make a shard
+MARK = "<image>"               # where LLaVA's format puts an image
+
+
+# ---------------------------------------------------------------- from names to shards to samples
+
+def expand(patterns):
+    """'coyo/{00000..07776}.tar', globs, files, several -> existing files in order; UserError names what is missing"""
+    files = []
+    for pattern in patterns:
+        if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+            first, last = match.groups()
+            names = [pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():]
+                     for i in range(int(first), int(last) + 1)]
+        else:
+            names = sorted(glob.glob(pattern)) or [pattern]
+        lost = [name for name in names if not Path(name).is_file()]
+        if lost:
+            raise UserError(f"--data {pattern}: {len(lost)} of {len(names)} files are missing, first {lost[0]}")
+        files += names
+    return files
+
+
+@dataclass
+class Source:
+    """One file. kind: tar (img2dataset), coco (Karpathy captions) or llava (conversations)."""
+    path: str
+    kind: str
+    images: str = ""           # folder that the image paths of a JSON file are relative to
+    entries: list = field(default_factory=list, repr=False)
+
+
+def open_source(path, images=""):
+    """The kind of a file is told by its content: a tar archive, or JSON with captions or conversations."""
+    if tarfile.is_tarfile(path):
+        return Source(path, "tar")
+    value = read_json(path)
+    if isinstance(value, dict) and isinstance(value.get("images"), list):                     # dataset_coco.json
+        entries = [{"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
+                   for image in value["images"] if image.get("split") in ("train", "restval")
+                   for sentence in image["sentences"]]
+        return Source(path, "coco", images, entries)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        if "conversations" in value[0]:
+            return Source(path, "llava", images, value)
+        if "caption" in value[0]:
+            flat = [{**entry, "caption": caption} for entry in value for caption in
+                    (entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]])]
+            return Source(path, "coco", images, flat)
+    raise UserError(f"{path}: neither a tar shard nor JSON with 'conversations' (LLaVA) or 'caption' (COCO Karpathy)")
+
+
+def list_shard(sources, shard):
+    """shard (source, part) -> the places of its samples, cheap to send to a worker"""
+    number, part = shard
+    source = sources[number]
+    if source.kind != "tar":
+        return [(number, i) for i in range(part * SHARD, min((part + 1) * SHARD, len(source.entries)))]
+    samples = {}
+    try:
+        with tarfile.open(source.path) as tar:
+            for member in tar:
+                if member.isfile() and not re.fullmatch(r"__.*__", member.name):
+                    folder, _, base = member.name.rpartition("/")
+                    key, _, ending = base.partition(".")
+                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = (
+                        member.offset_data, member.size)
+    except (tarfile.TarError, EOFError, OSError):         # cut off: what came before the cut is used
+        samples[f"{source.path} (cut off)"] = {}
+    return [(number, key, files) for key, files in samples.items()]
+
+
+class Order:
+    """The global order of samples, epoch after epoch, without end. `state` is all it needs to go on: three numbers."""
+
+    def __init__(self, sources, seed, shards_at_once=8, state=None):
+        self.sources, self.seed, self.at_once = sources, seed, shards_at_once
+        self.shards = [(n, part) for n, source in enumerate(sources)
+                       for part in range(-(-len(source.entries) // SHARD) if source.kind != "tar" else 1)]
+        self.state = list(state or [0, 0, 0])
+
+    def __iter__(self):
+        empty = 0
+        while True:
+            epoch, block, taken = self.state
+            shards = [self.shards[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))]
+            here = shards[block * self.at_once:(block + 1) * self.at_once]
+            places = [place for shard in here for place in list_shard(self.sources, shard)]
+            order = np.random.default_rng([self.seed, epoch, block]).permutation(len(places))
+            for i in range(taken, len(places)):
+                self.state = [epoch, block, i + 1]
+                yield epoch, places[order[i]]
+            empty = 0 if places else empty + 1
+            if empty > len(self.shards):
+                raise UserError(f"{self.sources[0].path}: no samples in {len(self.sources)} files")
+            last = (block + 1) * self.at_once >= len(shards)
+            self.state = [epoch + 1, 0, 0] if last else [epoch, block + 1, 0]
+
+
+class Batches:
+    """Batch sampler of one rank: its share of every global batch.
+    `state_after(n)`: the state of the order behind its n-th batch, however far workers have read ahead."""
+
+    def __init__(self, order, batch, micro_batch, rank=0, world=1):
+        if batch % (micro_batch * world):
+            raise UserError(f"--batch {batch} does not divide into {world} processes with --micro-batch {micro_batch}")
+        self.order, self.batch, self.micro, self.rank, self.world = order, batch, micro_batch, rank, world
+        self.states = []
+
+    def state_after(self, n):
+        return self.states[n] if n < len(self.states) else list(self.order.state)
+
+    def __iter__(self):
+        samples = iter(self.order)
+        while True:
+            self.states.append(list(self.order.state))
+            share = [next(samples) for _ in range(self.batch)][self.rank::self.world]
+            for start in range(0, len(share), self.micro):
+                yield share[start:start + self.micro]
+
+
+# ---------------------------------------------------------------- from a sample to tokens
+
+class Bad(Exception):
+    """A sample that cannot be used: its cause is counted, its name listed."""
+
+    def __init__(self, cause, name):
+        super().__init__(cause, name)
+        self.cause, self.name = cause, name
+
+
+def read_sample(source, place):
+    """-> name, caption or conversation, list of PIL images"""
+    if source.kind == "tar":
+        _, key, files = place
+        picture = next((files[ending] for ending in ("jpg", "jpeg", "png", "webp") if ending in files), None)
+        if not files:
+            raise Bad("cut_tar", key)
+        if picture is None:
+            raise Bad("no_image", key)
+        with open(source.path, "rb") as tar:
+            def content(span):
+                tar.seek(span[0])
+                return tar.read(span[1])
+            caption = None
+            if "json" in files:
+                try:
+                    caption = json.loads(content(files["json"])).get("caption")
+                except (ValueError, AttributeError):
+                    raise Bad("bad_json", key) from None
+            if caption is None and "txt" in files:
+                caption = content(files["txt"]).decode("utf-8", "replace")
+            return key, caption, [load_image(io.BytesIO(content(picture)), key)]
+    entry = source.entries[place[1]]
+    name = str(entry.get("id", entry.get("image_id", entry.get("image", place[1]))))
+    paths = entry.get("image") or []
+    pictures = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        whole = (Path(source.images) / path).resolve()
+        if not whole.is_relative_to(Path(source.images).resolve()):
+            raise Bad("path_outside", name)
+        if not whole.is_file():
+            raise Bad("no_image", name)
+        pictures.append(load_image(whole, name))
+    return name, entry["caption" if source.kind == "coco" else "conversations"], pictures
+
+
+def load_image(file, name):
+    try:
+        return open_image(file)
+    except UserError:
+        raise Bad("bad_image", name) from None
+
+
+def clean_caption(caption, name):
+    """Lower case, '*', '#', '~' and repeated blanks to one blank, at most 64 words"""
+    words = re.sub(r"[*#~]", " ", str(caption or "").lower()).split()
+    if not words:
+        raise Bad("no_caption", name)
+    return " ".join(words[:64])
+
+
+def llava_turns(conversation, images, name):
+    """[{"from": "human" | "gpt", "value"}] -> [(question, number of images, answer)]: a mark, wherever it stands in a
+    turn, moves to that turn's front"""
+    if not isinstance(conversation, list) or not conversation:
+        raise Bad("no_label", name)
+    talk = conversation[1:] if conversation[0].get("from") != "human" else conversation
+    turns, seen = [], 0
+    for question, answer in zip(talk[::2], talk[1::2]):
+        if question.get("from") != "human" or answer.get("from") != "gpt":
+            raise Bad("roles", name)
+        marks = question["value"].count(MARK) if images else 0
+        words = question["value"].replace(MARK, "").strip() if marks else question["value"]
+        turns.append((words, marks, answer["value"]))
+        seen += marks
+    if seen != images:
+        raise Bad("image_marks", name)
+    return turns
+
+
+@dataclass
+class Recipe:
+    """What a stage makes of a sample. resolution 0 leaves pictures out (to look at texts only)."""
+    text: Text
+    config: object
+    resolution: int
+    max_length: int
+    seed: int = 0
+    text_to_image: float = 0.0     # share of captions that stand before their image, drawn without E_c (Sec. 4.3)
+    caption_end: bool = True       # </s> behind captions
+    system: str = None
+
+    def __call__(self, source, place, epoch):
+        """-> {ids, counted, pixels (n, 3, R, R), drawn, name}; raises Bad"""
+        name, words, pictures = read_sample(source, place)
+        draw = False
+        if source.kind == "llava":
+            turns = llava_turns(words, len(pictures), name)
+            ids, counted = self.text.chat(turns) if self.system is None else self.text.chat(turns, self.system)
+        else:
+            key = [self.seed, epoch] + list(name.encode())
+            draw = np.random.default_rng(key).random() < self.text_to_image
+            most = self.max_length - self.config.image_tokens - 3
+            ids, counted = self.text.caption(clean_caption(words, name), self.caption_end, not draw, most)
+        try:
+            ids, counted = cut(ids, counted, self.max_length, self.config.image_tokens, name)
+        except UserError:
+            raise Bad("no_label", name) from None
+        kept = ids.count(-1)
+        pixels = [prepare(picture, self.resolution, square=not draw) for picture in pictures[:kept]]
+        return {"ids": ids, "counted": counted, "pixels": pixels, "drawn": [draw] * kept, "name": name}
+
+
+@dataclass
+class Pictures:
+    """Stage 0: pictures alone, cropped to a square and mirrored by chance"""
+    resolution: int
+    seed: int = 0
+    config: object = None
+
+    def __call__(self, source, place, epoch):
+        name, _, pictures = read_sample(source, place)
+        mirror = np.random.default_rng([self.seed, epoch] + list(name.encode())).random() < 0.5
+        pixels = [prepare(picture, self.resolution, square=False) for picture in pictures[:1]]
+        if not pixels:
+            raise Bad("no_image", name)
+        return {"pixels": [p.flip(-1) if mirror else p for p in pixels], "drawn": [False], "name": name}
+
+
+@dataclass
+class Batch:
+    streams: Streams               # None where the stage reads pictures alone
+    pixels: torch.Tensor           # (n_images, 3, R, R)
+    drawn: torch.Tensor            # (n_images,) bool: images without contiguous signal
+    names: list
+    bad: Counter                   # cause -> number
+    listed: list                   # (cause, name)
+
+    def to(self, device):
+        pixels, drawn = (t.to(device, non_blocking=True) for t in (self.pixels, self.drawn))
+        return replace(self, streams=self.streams.to(device), pixels=pixels, drawn=drawn)
+
+
+class Samples(torch.utils.data.Dataset):
+    """What a worker does: a sample's place in, tokens and pixels out"""
+
+    def __init__(self, sources, recipe):
+        self.sources, self.recipe = sources, recipe
+
+    def __getitem__(self, at):
+        epoch, place = at
+        try:
+            return self.recipe(self.sources[place[0]], place, epoch)
+        except Bad as bad:
+            return bad
+
+    def collate(self, samples):
+        r = self.recipe.resolution
+        bad = [sample for sample in samples if isinstance(sample, Bad)]
+        good = [sample for sample in samples if not isinstance(sample, Bad)]
+        streams = None if self.recipe.config is None else self.streams(good)
+        pixels = [picture for s in good for picture in s["pixels"]]
+        return Batch(streams, torch.stack(pixels) if pixels else torch.zeros(0, 3, r, r),
+                     torch.tensor([d for s in good for d in s["drawn"]], dtype=torch.bool), [s["name"] for s in good],
+                     Counter(b.cause for b in bad), [(b.cause, b.name) for b in bad])
+
+    def streams(self, good):
+        c = self.recipe.config
+        blank = torch.zeros(c.image_feature_resolution ** 2, c.vision_codebook_num, dtype=torch.long)
+        rows = [spell_out(s["ids"], s["counted"], [blank] * len(s["pixels"]), c) for s in good]
+        if not rows:                                      # no sample is usable: <s> alone, without a target
+            rows = [spell_out([self.recipe.text.bos], [0], [], c)]
+        return Streams.of([ids for ids, _ in rows], c, counted=[counted for _, counted in rows])
+
+
+def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0, state=None, pin=False):
+    """-> (DataLoader of Batch, its Batches): an endless stream of this rank's micro-batches from a state on"""
+    samples = Samples(sources, recipe)
+    batches = Batches(Order(sources, seed, state=state), batch, micro_batch, rank, world)
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate,
+                                       pin_memory=pin, persistent_workers=workers > 0), batches
