@@ -1,0 +1,237 @@
+"""The toy world's report: every number of a finished demo as JSON, and a picture of what the model can do.
+
+    python report.py                      # reads runs/toy, writes runs/toy/report.json and runs/toy/report.png
+
+Numbers: questions by kind and by number of objects with blind baselines, captions, drawings, completions and
+reconstructions judged by the world's own detector.
+"""
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import engine
+from evaluate import evaluate, reply
+from generate import complete, draw
+from generation import see
+from model import Libra
+from pretrain import need
+from tokenizer import open_image, prepare, to_picture, to_rgb
+from toy import COLOURS, DESCRIBE, SHAPES, SIDE, SIZES, UNSEEN, detect, full_caption, render, scenes
+from weights import read_json, write_json
+
+
+def questions(model, folder, limit):
+    """Exact match on held-out scenes and on unseen pairs, with three blind baselines"""
+    paths = {"held_out": ("held_out_questions.json", "held_out_annotations.json"),
+             "unseen_pair": ("unseen_pair_questions.json", "unseen_pair_annotations.json")}
+    results = {}
+    for split, (asked, answers) in paths.items():
+        for blind in (None, "swapped", "zeroed") if split == "held_out" else (None,):
+            result = evaluate(model, "vqa", folder / asked, folder / "images", folder / answers, None, blind, 64, limit)
+            results[f"{split}_{blind}" if blind else split] = {"score": result["score"], "parts": result["parts"]}
+            if split == "held_out" and not blind:
+                given = result["answers"]
+    truth = read_json(folder / "held_out_annotations.json")["annotations"][:limit or None]
+    by_kind = Counter((t["question_type"].split("/")[0], t["multiple_choice_answer"]) for t in truth)
+    best = Counter()
+    for (kind, _), n in by_kind.items():
+        best[kind] = max(best[kind], n)
+    results["held_out_majority"] = {"score": sum(best.values()) / len(truth)}
+    pope = evaluate(model, "pope", folder / "held_out_pope.json", folder / "images", batch=64, limit=limit)
+    results["existence"] = {"f1": pope["score"], **pope["parts"]}
+    return results, given
+
+
+def captions(base, tuned, folder, limit):
+    data = folder / "held_out_captions.json"
+    before = evaluate(base, "caption", data, folder, batch=64, limit=limit)
+    after = evaluate(tuned, "caption", data, folder, prompt=DESCRIBE, batch=64, limit=limit)
+    return {name: {"true": r["score"], **r["parts"]} for name, r in (("pretrained", before), ("tuned", after))}
+
+
+def reconstructions(model, count, seed):
+    """PSNR, what the detector still finds, and how the codes are used"""
+    tokenizer, random = model.tokenizers.image, np.random.default_rng([seed, 20])
+    source, hits, errors = scenes(random, "held out"), Counter(), []
+    used = torch.zeros(tokenizer.config.num_codebooks, tokenizer.config.codebook_size)
+    for _ in range(count // 50):
+        some = [next(source) for _ in range(50)]
+        pictures = [render(scene, random) for scene in some]
+        pixels = torch.stack([prepare(Image.fromarray(p), SIDE) for p in pictures])
+        ids, _ = tokenizer.encode(pixels)
+        drawn = tokenizer.decode(ids).clamp(-1, 1)
+        errors += (drawn - to_rgb(pixels)).square().mean((1, 2, 3)).tolist()
+        used += torch.stack([torch.bincount(ids[..., k].flatten(), minlength=used.shape[1]) for k in range(len(used))])
+        for scene, truth, rgb in zip(some, pictures, drawn):
+            for name, picture in (("true", truth), ("drawn", np.asarray(to_picture(rgb)))):
+                found = detect(picture)
+                for size, colour, shape, cell in scene:
+                    thing = found[cell] if isinstance(found[cell], tuple) else (None, None, None)
+                    hits.update({f"{name} {what}": a == b for what, a, b in
+                                 zip(("size", "colour", "shape"), thing, (size, colour, shape))})
+                    hits[f"{name} all"] += 1
+    p = used / used.sum(-1, keepdim=True)
+    report = {f"{name}_{what}": hits[f"{name} {what}"] / hits[f"{name} all"]
+              for name in ("true", "drawn") for what in ("size", "colour", "shape")}
+    return report | {"psnr": float(10 * torch.log10(4 / torch.tensor(errors)).mean()),
+                     "codes_used": (used > 0).float().mean(1).tolist(),
+                     "perplexity": torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1)).tolist()}
+
+
+def drawings(model, count, seed):
+    """'a large red circle in the top left': is it there, by the world's own detector? -> numbers, examples"""
+    random, hits, shown = np.random.default_rng([seed, 21]), Counter(), []
+    wanted = []
+    while len(wanted) < count:
+        thing = (list(SIZES)[random.integers(2)], list(COLOURS)[random.integers(5)], SHAPES[random.integers(3)],
+                 int(random.integers(4)))
+        if thing[1:3] not in UNSEEN:
+            wanted.append(thing)
+    for start in range(0, count, 50):
+        some = wanted[start:start + 50]
+        pictures = draw(model, [full_caption((thing,)) for thing in some], temperature=0.7, seed=seed + start)
+        for thing, picture in zip(some, pictures):
+            found = detect(np.asarray(picture))[thing[3]]
+            found = found if isinstance(found, tuple) else (None, None, None)
+            hits.update({"colour": found[1] == thing[1], "colour_shape": found[1:] == thing[1:3],
+                         "all": found == thing[:3]})
+            shown.append((full_caption((thing,)), picture))
+    return {name: hits[name] / count for name in ("colour", "colour_shape", "all")}, shown
+
+
+def completions(model, count, seed):
+    """The upper half is given. Lower cells hold a valid object or clean ground?"""
+    random, good, shown = np.random.default_rng([seed, 22]), Counter(), []
+    source = scenes(random, "held out")
+    for start in range(0, count, 50):
+        pictures = [Image.fromarray(render(next(source), random)) for _ in range(50)]
+        rows = model.config.image_feature_resolution // 2
+        for truth, drawn in zip(pictures, complete(model, pictures, rows, temperature=0.7, seed=seed + start)):
+            cells = detect(np.asarray(drawn))[2:]
+            good["cells"] += sum(cell != "unclear" for cell in cells)
+            good["pictures"] += all(cell != "unclear" for cell in cells)
+            shown.append((truth, drawn))
+    return {"cells": good["cells"] / (2 * count), "pictures": good["pictures"] / count}, shown
+
+
+# ---------------------------------------------------------------- the picture
+
+INK, GREY, RIGHT, WRONG = (30, 30, 30), (120, 120, 120), (20, 120, 50), (190, 40, 30)
+SCALE = 2
+
+
+class Page:
+    """A white page that is written from the top down"""
+
+    def __init__(self, width=1180, height=2400):
+        self.image = Image.new("RGB", (width, height), "white")
+        self.pen, self.y = ImageDraw.Draw(self.image), 20
+
+    def write(self, x, y, words, size=15, colour=INK):
+        self.pen.text((x, y), words, fill=colour, font=ImageFont.load_default(size))
+
+    def title(self, words, small=""):
+        self.write(24, self.y, words, 22)
+        self.write(24, self.y + 30, small, 14, GREY)
+        self.y += 58 if small else 38
+
+    def picture(self, x, y, picture):
+        self.image.paste(picture.resize((SIDE * SCALE, SIDE * SCALE), Image.Resampling.NEAREST), (x, y))
+
+    def curve(self, x, y, values, name, wide=350, high=120):
+        """Values from left to right, the axis from their smallest to their largest, the worst percent cut off"""
+        values = np.array([v for v in values if v is not None])
+        low, top = values.min(), np.percentile(values, 99)
+        n = max(1, len(values) // wide)
+        values = values[:len(values) // n * n].reshape(-1, n).mean(1)
+        points = [(x + i * wide / max(1, len(values) - 1), y + high - high * min(1, (v - low) / max(1e-9, top - low)))
+                  for i, v in enumerate(values)]
+        self.pen.rectangle((x, y, x + wide, y + high), outline=(210, 210, 210))
+        self.pen.line(points, fill=(40, 90, 190), width=2)
+        self.write(x + 6, y + high + 4, f"{name}: {values[0]:.3g} to {values[-1]:.3g}", 13, GREY)
+
+
+def paint(page, root, tuned, given, drawn, completed, seed):
+    eval_folder = root / "eval"
+    truth = {t["question_id"]: t for t in read_json(eval_folder / "held_out_annotations.json")["annotations"]}
+    asked = {q["question_id"]: q for q in read_json(eval_folder / "held_out_questions.json")["questions"]}
+    page.title("What it sees", "held-out pictures, what their ids keep of them, its description, its answer")
+    random = np.random.default_rng([seed, 23])
+    chosen = [given[i] for i in random.choice(len(given), min(10, len(given)), replace=False)]
+    files = [eval_folder / "images" / f"{item['id']:012d}.png" for item in chosen]
+    described = reply(tuned, [DESCRIBE] * len(files), files)
+    codes, _ = see(tuned, files)
+    rebuilt = tuned.tokenizers.image.decode(codes)
+    for n, (item, file, words, rgb) in enumerate(zip(chosen, files, described, rebuilt)):
+        x, y = 24 + n % 2 * 580, page.y + n // 2 * (SIDE * SCALE + 14)
+        page.picture(x, y, open_image(file))
+        page.picture(x + SIDE * SCALE + 6, y, to_picture(rgb))
+        answer = truth[item["id"]]["multiple_choice_answer"]
+        right = item["answer"].strip().rstrip(".").lower() == answer
+        for i, line in enumerate(wrap(words, 42)[:3]):
+            page.write(x + 240, y + 17 * i, line, 13, GREY)
+        page.write(x + 240, y + 60, asked[item["id"]]["question"], 15)
+        page.write(x + 240, y + 80, item["answer"] if right else f"{item['answer']}  (it is {answer})", 15,
+                   RIGHT if right else WRONG)
+    page.y += (len(chosen) + 1) // 2 * (SIDE * SCALE + 14) + 16
+    page.title("What it draws", "from the words below, the contiguous signal zeroed (Sec. 4.3)")
+    for n, (words, picture) in enumerate(drawn[:8]):
+        page.picture(24 + n * 142, page.y, picture)
+        for i, line in enumerate(wrap(words, 17)):
+            page.write(24 + n * 142, page.y + SIDE * SCALE + 4 + 15 * i, line, 12, GREY)
+    page.y += SIDE * SCALE + 66
+    page.title("What it completes", "three of seven rows of tokens come from the picture above")
+    for n, (before, after) in enumerate(completed[:8]):
+        page.picture(24 + n * 142, page.y, before)
+        page.picture(24 + n * 142, page.y + SIDE * SCALE + 6, after)
+    page.y += 2 * SIDE * SCALE + 26
+    page.title("How it learned")
+    curves = [("tokenizer", "psnr", "image tokenizer, PSNR (dB)"), ("pretrain", "image", "pretraining, image loss"),
+              ("pretrain", "text", "pretraining, text loss"), ("sft", "loss", "instruction tuning, answer loss")]
+    for n, (folder, key, name) in enumerate(curves):
+        lines = [json.loads(line) for line in (root / folder / "log.jsonl").read_text().splitlines()]
+        page.curve(24 + n % 2 * 580, page.y + n // 2 * 150, [line[key] for line in lines], name, 540)
+    page.y += 320
+
+
+def wrap(words, width):
+    lines = [""]
+    for word in words.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser.add_argument("--toy", type=Path, default=Path("runs/toy"), help="folder of a finished demo")
+    parser.add_argument("--limit", type=int, default=0, help="first N questions, captions and drawings only; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and drawings")
+    args = parser.parse_args()
+    root, many = args.toy, args.limit or 200
+    base, tuned = (Libra.from_pretrained(need(root / name)).eval() for name in ("pretrain", "sft"))
+    numbers = {}
+    numbers["questions"], given = questions(tuned, root / "eval", args.limit)
+    numbers["captions"] = captions(base, tuned, root / "eval", args.limit or 600)
+    numbers["reconstruction"] = reconstructions(base, max(50, many), args.seed)
+    numbers["drawing"], drawn = drawings(base, many, args.seed)
+    numbers["completion"], completed = completions(base, max(50, many // 2), args.seed)
+    write_json(root / "report.json", numbers)
+    page = Page()
+    right, blind = (numbers["questions"][name]["score"] for name in ("held_out", "held_out_swapped"))
+    page.title("Libra on the toy world", f"{right:.0%} of the answers right on held-out scenes, {blind:.0%} when shown "
+               "another picture")
+    paint(page, root, tuned, given, drawn, completed, args.seed)
+    page.image.crop((0, 0, page.image.width, page.y)).save(root / "report.png")
+    print(json.dumps(numbers, indent=2))
+    print(f"{root}/report.json, {root}/report.png")
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,183 @@
+"""The very scripts, one after another, at sizes that take seconds: toy world, three stages, answers, scores."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+TOKENIZER = ("--select-layers 2 4 --embed-dim 64 --codebook-size 256 --z-channels 64 --ch 32 --ch-mult 1 1 1 1 "
+             "--num-res-blocks 1 --num-attn-heads 2 --attn-resolutions 7 --batch 8 --warmup 1 --lr 1e-3")
+
+
+def run(script, *words, processes=1, ok=True):
+    """-> what a script prints; it must end well, or with one sentence and no traceback"""
+    words = [word for part in words for word in (part.split() if isinstance(part, str) else [str(part)])]
+    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, *start, script, *words], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, timeout=300)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-3000:]
+    assert ok or "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    run("toy.py", "--out", path, "--captions 60 --chats 40 --questions 46 --llama-steps 3 --clip-steps 3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
+        toy / "tokenizer", TOKENIZER, "--steps 5 --disc-start 2 --save-every 3 --sample-every 2")
+    return toy / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def pretrain(toy, tokenizer):
+    """-> the options of a small pretraining run"""
+    return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
+            toy / "chats/images", "--steps 5 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
+
+
+@pytest.fixture(scope="module")
+def base(toy, pretrain):
+    run("pretrain.py", *pretrain, "--out", toy / "pretrain")
+    return toy / "pretrain"
+
+
+@pytest.fixture(scope="module")
+def tuned(toy, base):
+    run("sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images", "--out",
+        toy / "sft", "--steps 3 --warmup 1 --batch 6 --lr 1e-3")
+    return toy / "sft"
+
+
+def resumed(script, options, folder, copy):
+    """The run of `folder` again from its checkpoint at step 3 on: the same log, the same weights, bit for bit"""
+    shutil.copytree(folder, copy)
+    (copy / "model.safetensors").unlink()
+    (copy / "log.jsonl").unlink()
+    assert "going on from" in run(script, *options, "--resume --out", copy)
+    exact = ("loss", "text", "image", "l1", "psnr", "norm", "lr", "disc", "used", "entropy")
+    for before, after in zip(log(folder)[3:], log(copy), strict=True):
+        assert all(before.get(key) == after.get(key) for key in exact)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, copy))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_tokenizer_stage(toy, tokenizer):
+    lines = log(tokenizer)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and all(line["psnr"] > 0 for line in lines)
+    assert lines[1]["disc"] is None and lines[2]["disc"] is not None and lines[2]["disc_weight"] > 0
+    assert Image.open(tokenizer / "samples/000004.png").size == (8 * 56, 2 * 56)
+    clip = {k: v for k, v in load_file(tokenizer / "model.safetensors").items() if "vision_model" in k}
+    frozen = load_file(toy / "clip/model.safetensors")
+    assert all(torch.equal(tensor, clip["encoder.vision_tower." + name]) for name, tensor in frozen.items())
+
+
+def test_pretraining_freezes_the_llama(toy, base):
+    llama, libra = load_file(toy / "llama/model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(libra[name], tensor) for name, tensor in llama.items())
+    recipe = json.loads((base / "recipe.json").read_text())
+    assert recipe["lr"] == 1e-3 and recipe["text_to_image"] == 0.4
+    assert sorted(path.name for path in base.iterdir()) == [
+        "checkpoint-000003", "config.json", "image_tokenizer", "log.jsonl", "model.safetensors", "recipe.json",
+        "tokenizer.model"]
+
+
+def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
+    resumed("pretrain.py", pretrain, base, tmp_path / "a")
+    run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
+    resumed("pretrain.py", [*pretrain, "--micro-batch 2 --workers 2"], tmp_path / "b", tmp_path / "c")
+    options = ["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER,
+               "--steps 5 --disc-start 2 --save-every 3 --sample-every 2"]
+    resumed("train_tokenizer.py", options, tokenizer, tmp_path / "d")
+
+
+def test_two_processes_learn_what_one_learns(pretrain, base, tmp_path):
+    run("pretrain.py", *pretrain, "--micro-batch 1 --out", tmp_path / "two", processes=2)
+    for one, two in zip(log(base), log(tmp_path / "two"), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
+        assert abs(one["norm"] - two["norm"]) < 1e-4 * one["norm"]
+    one, two = (load_file(path / "model.safetensors") for path in (base, tmp_path / "two"))
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm().clamp(min=1e-3), name
+
+
+def test_instruction_tuning_trains_all(base, tuned):
+    before, after = (load_file(path / "model.safetensors") for path in (base, tuned))
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert [name for name in same if "bridge_on_language" not in name and "vision_lm_head" not in name] == []
+    images = [load_file(path / "image_tokenizer/model.safetensors") for path in (base, tuned)]
+    assert all(torch.equal(images[0][name], images[1][name]) for name in images[0])
+
+
+def test_generate(toy, base, tuned, tmp_path):
+    picture = toy / "chats/images/000000.jpg"
+    few = "--max-new-tokens 5"
+    run("generate.py", "--model", tuned, "--image", picture, few, "What?")
+    line = json.loads(run("generate.py", "--model", tuned, "--image", picture, few, "--json", "What?").splitlines()[-1])
+    assert line["question"] == "What?" and isinstance(line["answer"], str)
+    run("generate.py", "--model", base, "--caption", picture, few)
+    for option, value, size in (("--draw", "red", (56, 56)), ("--complete", picture, (56, 56)),
+                                ("--reconstruct", picture, (112, 56))):
+        out = tmp_path / f"{option}.png"
+        assert f"{size[0]} x 56 pixels" in run("generate.py", "--model", base, option, value, "--out", out)
+        assert Image.open(out).size == size
+    for bad, message in ((["--model", tmp_path / "gone", "x"], "is not there"),
+                         (["--image", "gone.jpg", "x"], "gone.jpg: no such file"),
+                         (["--complete", picture, "--rows 7"], "give 1 to 6"), (["--draw x --top-p 2"], "top_p 2"),
+                         (["--draw x --out", tmp_path / "x.nothing"], "cannot be written")):
+        words = bad if "--model" in bad else ["--model", tuned, *bad]
+        assert message in run("generate.py", *words, ok=False)
+
+
+def test_completion_keeps_what_is_given(toy, base):
+    from generate import complete, finish
+    from generation import see
+    from model import Libra
+    model = Libra.from_pretrained(base)
+    pictures = [toy / "chats/images/000000.jpg", toy / "chats/images/000001.jpg"]
+    seen = []
+    model.tokenizers.image.decode = lambda codes: seen.append(codes) or torch.zeros(len(codes), 3, 56, 56)
+    complete(model, pictures, 4, temperature=1.0)
+    assert torch.equal(seen[0][:, :28], see(model, pictures, square=False)[0][:, :28]) and seen[0].shape == (2, 49, 2)
+    assert finish is not None and seen[0].max() < 256
+
+
+def test_evaluate(toy, base, tuned, tmp_path):
+    held = toy / "eval/held_out"
+    images = toy / "eval/images"
+    for blind in ("", "--blind swapped", "--blind zeroed"):
+        run("evaluate.py", "--task vqa --data", f"{held}_questions.json", "--annotations", f"{held}_annotations.json",
+            "--images", images, "--model", tuned, "--limit 8 --out", tmp_path / "vqa.json", blind)
+        result = json.loads((tmp_path / "vqa.json").read_text())
+        assert result["answered"] == 8 and 0 <= result["score"] <= 1 and len(result["answers"]) == 8
+    run("evaluate.py", "--task pope --data", f"{held}_pope.json", "--images", images, "--model", tuned, "--limit 2")
+    run("evaluate.py", "--task caption --data", f"{held}_captions.json", "--images", toy / "eval", "--model", base,
+        "--limit 2")
+    wrong = ["--task pope --data", f"{held}_pope.json", "--images", toy, "--model", tuned]
+    assert "no such picture" in run("evaluate.py", *wrong, ok=False)
+
+
+def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
+    for words, message in ((["--data", tmp_path / "{0..3}.tar"], "4 of 4 files are missing"),
+                           (["--llm", toy / "clip"], "tokenizer.model: no such file"),
+                           (["--micro-batch 4"], "does not divide"),
+                           (["--data", toy / "llama/config.json"], "neither a tar shard nor JSON")):
+        assert message in run("pretrain.py", *pretrain, "--out", tmp_path / "x", *words, ok=False)
