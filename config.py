@@ -48,6 +48,7 @@ class LibraConfig:
     discrete_only: bool = False                           # Table 3 (f): E_c is zero throughout
 
     def __post_init__(self):
+        check_types(self, "config", at_least={"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0})
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         for whole, part, why in (
@@ -103,3 +104,17 @@ class LibraConfig:
 def is_llama(path):
     """A config.json without a visual part"""
     return "vision_vocab_size" not in read_json(path)
+
+
+def check_types(config, name, at_least=None):
+    """Every field has the type of its declaration, and numbers are positive (or as large as `at_least` says)."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kind = {"dict": dict, "tuple": (list, tuple), "bool": bool, "int": int, "float": (int, float)}[
+            field.type.__name__]
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            expected = "a number" if float in (kind if isinstance(kind, tuple) else ()) else field.type.__name__
+            raise UserError(f"{name}: {field.name} is {value!r}, expected {expected}")
+        low = (at_least or {}).get(field.name, 1 if kind is int else None)
+        if low is not None and value < low:
+            raise UserError(f"{name}: {field.name} is {value!r}, expected {low} or more")

@@ -60,7 +60,7 @@ def open_source(path, images=""):
     """The kind of a file is told by its content: a tar archive, or JSON with captions or conversations."""
     if tarfile.is_tarfile(path):
         return Source(path, "tar")
-    value = read_json(path)
+    value = read_json(path, (dict, list))
     if isinstance(value, dict) and isinstance(value.get("images"), list):                     # dataset_coco.json
         entries = [{"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
                    for image in value["images"] if image.get("split") in ("train", "restval")

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weights import UserError, read_json, write_json
 
+TOY = Path("runs/toy")         # where `make demo` works; the scripts' paths point there when none are given
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,6 +58,25 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
     g.add_argument("--workers", type=int, default=0, help="processes that read data, for each training process")
     return parser
+
+
+def need(path):
+    if not Path(path).exists():
+        raise UserError(f"{path} is not there. `make demo` makes the toy world's files (python toy.py alone its first "
+                        "stage); for other files see --help")
+    return path
+
+
+def save_recipe(args, world):
+    """Print the resolved options and keep them beside the weights. -> the run folder"""
+    out = Path(args.out)
+    if world.first:
+        out.mkdir(parents=True, exist_ok=True)
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        write_json(out / "recipe.json", values)
+        print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
+    barrier(world)
+    return out
 
 
 @dataclass

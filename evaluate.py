@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 import engine
+from engine import TOY, need
 from generation import generate, see
 from model import Libra
-from pretrain import TOY, need
 from text import IMG, spell_out
 from weights import UserError, read_json, write_json
 
@@ -127,7 +127,7 @@ def read_pope(path, images, _):
 
 def read_captions(path, images, _):
     return [{"id": entry["image_id"], "image": find_image(images, entry["image"]), "truth": entry["caption"]}
-            for entry in read_json(path)]
+            for entry in read_json(path, list)]
 
 
 def score_exact(items, answers):

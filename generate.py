@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import engine
+from engine import TOY, need
 from generation import generate, see
 from model import Libra
-from pretrain import TOY, need
 from text import IMG, spell_out
 from tokenizer import open_image, prepare, to_picture, to_rgb
 from weights import UserError

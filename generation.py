@@ -4,6 +4,7 @@
 
 A prompt that ends in text is continued with text; one that ends in BOI or inside an image is drawn to its end.
 """
+import math
 from dataclasses import replace
 
 import torch
@@ -25,16 +26,17 @@ class Cache:
         self.keys = {view: like.new_zeros(shape) for view in views}
         self.values = {view: like.new_zeros(shape) for view in views}
         self.lengths, self.filled = [0] * rows, 0
+        self.rows = torch.arange(rows, device=like.device)
         self.start, self.mask = 0, None
 
     def put(self, layer, views):
         """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
         at = slice(None), slice(None), slice(0, next(iter(views.values()))[0].shape[2])
         if self.filled:                                   # decoding: one token a row, each at its own length
-            at = torch.arange(len(self.lengths)), slice(None), self.start[:, 0, 0]
+            at = self.rows, slice(None), self.start[:, 0, 0]
         for view in self.keys:
             for buffer, new in zip((self.keys, self.values), views[view]):
-                buffer[view][layer][at] = new[:, :, 0] if self.filled else new
+                buffer[view][layer][at] = (new[:, :, 0] if self.filled else new).to(buffer[view].dtype)
         if not self.filled:
             return views, None
         end = max(self.lengths) + 1
@@ -56,10 +58,11 @@ class Sampler:
     rows would draw alone."""
 
     def __init__(self, rows, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(f"sampling: temperature {temperature} and top_k {top_k} must be 0 or more, "
                             f"top_p {top_p} in (0, 1]")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.temperature = temperature if temperature > 1e-4 else 0.0                         # below that it is greedy
+        self.top_k, self.top_p = top_k, top_p
         self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
     def __call__(self, logits, rows):
@@ -83,7 +86,12 @@ def place_in_image(prompt, config):
     opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
     if not len(opened):
         raise UserError("the prompt ends in image codes without a BOI before them")
-    return len(prompt) - 1 - int(opened[-1])
+    place = len(prompt) - 1 - int(opened[-1])
+    if place > config.image_tokens - 1 or (prompt[-1, 0] - config.vocab_size > config.codes) != (
+            place == config.image_tokens - 1):
+        raise UserError(f"the prompt's last image has {place} tokens behind BOI; whole it is {config.image_tokens - 2} "
+                        "codes and EOI")
+    return place
 
 
 @torch.inference_mode()
@@ -95,13 +103,17 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     it; when all rows have, generation ends. sampling: temperature, top_k, top_p, seed.
     """
     c, like = model.config, model.lm_head.weight
+    if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
+        raise UserError("generate: at least one prompt with a token in it, and max_new_tokens of 1 or more")
     longest = max(len(prompt) for prompt in prompts)
-    max_new_tokens = min(max_new_tokens, c.max_position_embeddings - longest)
-    if max_new_tokens < 1:
-        raise UserError(f"the prompt has {longest} tokens, as many as the model takes ({c.max_position_embeddings})")
     places = [place_in_image(prompt, c) for prompt in prompts]
     last = c.image_tokens - 2                             # the place of the last code; EOI follows
     draws = [place is not None and place <= last for place in places]
+    room = c.max_position_embeddings - longest            # one limit for the batch, that of its longest prompt
+    if room < max([1] + [last - place for place, draw in zip(places, draws) if draw and max_new_tokens > room]):
+        raise UserError(f"the prompt has {longest} tokens of the {c.max_position_embeddings} that the model takes: too "
+                        "little room is left")
+    max_new_tokens = min(max_new_tokens, room)
     writes = [place is None or max_new_tokens > last + 1 - place for place in places]         # text, sooner or later
     views = [TEXT] * any(writes) + [IMAGE] * any(draws)
     cache = Cache(c, len(prompts), longest + max_new_tokens, views, like)

@@ -135,16 +135,16 @@ class Attention(nn.Module):
         if self.record is None:
             out = routed_attention(q, views, streams, mask)
         else:
-            out, maps = plain_attention(q, views, streams.is_image)
+            out, maps = plain_attention(q, views, streams.is_image, mask)
             self.record.append(maps)
         return route(self, "o_proj", streams.split(out.transpose(1, 2).flatten(2), x))
 
 
-def plain_attention(q, views, is_image):
+def plain_attention(q, views, is_image, mask=None):
     """Eq. 3-5 as they stand, with the L x L matrices written out: for reading, for tests, for looking at the maps.
 
-    q (B, H, L, d); views {modality: (keys, values) as that modality's queries see them}; is_image (B, L) bool
-    -> outputs (B, H, L, d), attention maps (B, H, L, L)
+    q (B, H, L, d), the last of the keys; views {modality: (keys, values) as that modality's queries see them};
+    is_image (B, L) bool; mask (B, 1, 1, keys) where rows differ in length -> outputs (B, H, L, d), maps (B, H, L, keys)
     """
     image_query = is_image[:, None, :, None]
     groups = q.shape[1] // next(iter(views.values()))[0].shape[1]
@@ -154,8 +154,9 @@ def plain_attention(q, views, is_image):
                        for m in (TEXT, IMAGE))
         return torch.where(image_query, image, text)
     scores = pick(lambda k, v: q @ k.transpose(2, 3)) / math.sqrt(q.shape[-1])                # Eq. 4
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    maps = scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)                            # Eq. 1, Tril
+    many, keys = scores.shape[-2:]
+    seen = torch.ones(many, keys, dtype=torch.bool, device=q.device).tril(keys - many)
+    maps = scores.masked_fill(~(seen if mask is None else seen & mask), -torch.inf).softmax(dim=-1)   # Eq. 1, Tril
     return pick(lambda k, v: maps @ v), maps                                                  # Eq. 5
 
 
@@ -326,7 +327,7 @@ class Libra(nn.Module):
         """-> text (n_text, V), image (n_image, K, N + 2): a position's head is that of its own modality"""
         text, image = self.hidden(streams, signal)
         image = None if image is None else torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
-        return self.lm_head(text), image
+        return None if text is None else self.lm_head(text), image
 
     def forward(self, streams, signal=None):
         """Sums of the cross-entropy over the counted targets: text (), image (K,), one for each codebook (Eq. 6).
@@ -435,8 +436,12 @@ def load(folder, sizes=None, dtype=None, **changes):
     def keep(name):                                       # buffers of the published code
         return None if name.endswith(("_placeholder", "rotary_emb.inv_freq")) else name
     tensors = read_folder(folder, dtype, keep)
-    if config.tie_word_embeddings:
-        tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise UserError(f"{path}: tie_word_embeddings is true, but the file's lm_head differs from its embedding")
+    if len(dtypes := {str(t.dtype) for t in tensors.values() if t.is_floating_point()}) > 1:
+        raise UserError(f"{folder}: its weights are of several types ({', '.join(sorted(dtypes))}): give one as dtype")
     leaves = model.vision()
     visual = {id(p) for leaf in leaves for p in leaf.parameters(recurse=False)}
     visual = {name for name, p in model.named_parameters() if id(p) in visual}

@@ -10,16 +10,14 @@ import argparse
 import itertools
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 
 import engine
 from data import Recipe, expand, loader, open_source
+from engine import TOY, need
 from model import Libra
-from weights import UserError, write_json
-
-TOY = Path("runs/toy")
+from weights import UserError
 
 
 def options():
@@ -56,28 +54,9 @@ def main():
     train(args, world, model, recipe)
 
 
-def need(path):
-    if not Path(path).exists():
-        raise UserError(f"{path} is not there. `make demo` makes the toy world's files (python toy.py alone its first "
-                        "stage); for other files see --help")
-    return path
-
-
-def save_recipe(args, world):
-    """Print the resolved options and keep them beside the weights. -> the run folder"""
-    out = Path(args.out)
-    if world.first:
-        out.mkdir(parents=True, exist_ok=True)
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        write_json(out / "recipe.json", values)
-        print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
-    engine.barrier(world)
-    return out
-
-
 def train(args, world, model, recipe):
     """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
-    out = save_recipe(args, world)
+    out = engine.save_recipe(args, world)
     wrapped, optimizer = engine.wrap(model, world), engine.adamw(model.parameters(), args)
     checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
     stop = engine.Stop(world)

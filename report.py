@@ -15,11 +15,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import engine
+from engine import need
 from evaluate import evaluate, reply
 from generate import complete, draw
 from generation import see
 from model import Libra
-from pretrain import need
 from tokenizer import open_image, prepare, to_picture, to_rgb
 from toy import COLOURS, DESCRIBE, SHAPES, SIDE, SIZES, UNSEEN, detect, full_caption, render, scenes
 from weights import read_json, write_json
@@ -176,7 +176,8 @@ def paint(page, root, tuned, given, drawn, completed, seed):
         for i, line in enumerate(wrap(words, 42)[:3]):
             page.write(x + 240, y + 17 * i, line, 13, GREY)
         page.write(x + 240, y + 60, asked[item["id"]]["question"], 15)
-        page.write(x + 240, y + 80, item["answer"] if right else f"{item['answer']}  (it is {answer})", 15,
+        said = item["answer"][:30]
+        page.write(x + 240, y + 80, said if right else f"{said}  (it is {answer})", 15,
                    RIGHT if right else WRONG)
     page.y += (len(chosen) + 1) // 2 * (SIDE * SCALE + 14) + 16
     page.title("What it draws", "from the words below, the contiguous signal zeroed (Sec. 4.3)")
@@ -201,7 +202,7 @@ def paint(page, root, tuned, given, drawn, completed, seed):
 
 def wrap(words, width):
     lines = [""]
-    for word in words.split():
+    for word in (part[:width - 1] for part in words.split()):
         if len(lines[-1]) + len(word) >= width:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + word

@@ -11,8 +11,9 @@ import torch
 
 import engine
 from data import Recipe
+from engine import TOY, need
 from model import Libra
-from pretrain import TOY, need, train
+from pretrain import train
 
 
 def options():

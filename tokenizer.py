@@ -6,6 +6,7 @@
 
 Letters: B images, K codebooks of N codes, G = grid side, C = width of the contiguous signal E_c, R = resolution.
 """
+import struct
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
+from config import check_types
 from weights import UserError, assign, read_folder, read_json, read_tensors, read_yaml, save_tensors, select, write_json
 
 # ---------------------------------------------------------------- pixels
@@ -28,7 +30,8 @@ def open_image(source):
     become 8. UserError where it is no picture, is cut off, or is a decompression bomb."""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        image = upright(image)
         if image.mode.startswith(("I", "F")):             # 16-bit grey, which PIL would clip at 255
             grey = np.asarray(image, dtype=np.float32)
             grey = grey * (255 / 65535) if grey.max() > 255 else grey
@@ -39,8 +42,19 @@ def open_image(source):
         return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, *BROKEN) as error:
         raise UserError(f"{source}: cannot be read as a picture ({error})") from None
+
+
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
+
+
+def upright(image):
+    """EXIF rotation applied; a picture whose EXIF is broken stays as it is"""
+    try:
+        return ImageOps.exif_transpose(image)
+    except BROKEN:
+        return image
 
 
 def prepare(image, resolution, square=True):
@@ -264,13 +278,21 @@ class ImageTokenizerConfig:
     num_attn_heads: int = 8
 
     def __post_init__(self):
+        check_types(self, "image tokenizer")
+        if known := set(self.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
+            raise UserError(f"image tokenizer: the sizes of its CLIP lack or have too much: {sorted(known)}")
         size, patch = self.clip["image_size"], self.clip["patch_size"]
         if (size, size // patch) != (self.resolution, self.grid):
             raise UserError(f"image tokenizer: resolution {self.resolution} and grid {self.grid} do not fit a CLIP of "
                             f"{size} pixels with patches of {patch}")
-        if max(self.select_layers) > self.clip["num_hidden_layers"]:
-            raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has only "
-                            f"{self.clip['num_hidden_layers']} layers")
+        if not self.select_layers or not all(0 <= i <= self.clip["num_hidden_layers"] for i in self.select_layers):
+            raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has the states 0 "
+                            f"(its embedding) to {self.clip['num_hidden_layers']} (its last layer)")
+        for whole, part, why in ((self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
+                                 (self.ch, 32, "group norms of 32 channels"),
+                                 (self.ch * self.ch_mult[-1], self.num_attn_heads, "heads of the decoder")):
+            if whole % part:
+                raise UserError(f"image tokenizer: {whole} does not divide by {part}: {why}")
 
     @property
     def signal_size(self):
@@ -361,8 +383,10 @@ def read_published(folder, dtype=None):
     """vision_tokenizer_config.yaml, vqgan.ckpt and the CLIP folder beside them -> config, tensors, file name"""
     path = folder / "vision_tokenizer_config.yaml"
     top = read_yaml(path)
-    params = top.pop("params", {})
-    dd = params.pop("ddconfig", {})
+    params = top.pop("params", None)
+    dd = params.pop("ddconfig", None) if isinstance(params, dict) else None
+    if not isinstance(dd, dict):
+        raise UserError(f"{path}: expected the mappings params and, in it, ddconfig")
     checkpoint, encoder = folder / params.pop("ckpt_path", "vqgan.ckpt"), folder / dd.pop("encoder_name", "")
     top = {key: top[key] for key in top if key not in ("freeze", "max_vision_token_length")}
     for key, value in YAML_FIXED.items():
@@ -376,10 +400,12 @@ def read_published(folder, dtype=None):
     values |= {YAML_NAMES["ddconfig"][key]: dd[key] for key in dd}
     config = ImageTokenizerConfig(clip=read_clip_sizes(encoder), **values)
 
-    def keep(name):                                       # the discriminator and LPIPS of training, and two buffers
-        return None if name.startswith("loss.") or name in ("quantize.mask",) or "position_ids" in name else name
-    tensors = select(read_tensors(checkpoint), dtype, keep)
     tower = "encoder.vision_tower.vision_model."
+
+    def keep(name):                                       # not what only training needed, and not the buffers
+        ours = name.startswith(("decoder.", "quantize.project_", "quant_conv.", "post_quant_conv.", tower))
+        return name if ours and "position_ids" not in name else None
+    tensors = select(read_tensors(checkpoint), dtype, keep)
     if not any(name.startswith(tower) for name in tensors):
         tensors |= read_clip_weights(encoder, dtype, tower)
     return config, tensors, checkpoint

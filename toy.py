@@ -55,9 +55,13 @@ def outline(shape, radius):
 MASKS = {(size, shape): outline(shape, radius) for size, radius in SIZES.items() for shape in SHAPES}
 
 
-def draw_scene(random, objects):
-    """objects: 1 to 3 -> a scene: tuple of (size, colour, shape, cell) by cell, no two alike in colour and shape"""
+def draw_scene(random, objects, one_colour=False):
+    """objects: 1 to 3 -> a scene: tuple of (size, colour, shape, cell) by cell, no two alike in colour and shape.
+    one_colour: only their shapes and places tell the objects apart"""
     kinds = list(itertools.product(COLOURS, SHAPES))
+    if one_colour:
+        first = 3 * random.integers(5)
+        kinds = kinds[first:first + 3]
     chosen = random.choice(len(kinds), objects, replace=False)
     cells = sorted(random.choice(4, objects, replace=False).tolist())
     return tuple((list(SIZES)[random.integers(2)], *kinds[k], cell) for k, cell in zip(chosen, cells))
@@ -228,10 +232,12 @@ def talk(scene, random, rounds=6):
     return [first] + [(question, 0, answer) for question, answer in pairs[1:]]
 
 
-def scenes(random, split, objects=None):
-    """Endless scenes of one split, 1, 2 and 3 objects in turn unless `objects` is given"""
+def scenes(random, split, objects=None, one_colour=0.0):
+    """Endless scenes of one split, 1, 2 and 3 objects in turn unless `objects` is given. one_colour: a share of scenes
+    for training in which colours tell nothing; without them small models never learn to tell things by their shape"""
     for number in itertools.count():
-        while split_of(scene := draw_scene(random, objects or 1 + number % 3)) != split:
+        alike = random.random() < one_colour
+        while split_of(scene := draw_scene(random, objects or 1 + number % 3, alike)) != split:
             pass
         yield scene
 
@@ -358,7 +364,7 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3):
     model = Libra(config)
     begin_llama(model, text)
     random = np.random.default_rng([seed, 7])
-    source = scenes(random, "train")
+    source = scenes(random, "train", one_colour=0.4)
 
     def loss():
         rows = [training_text(next(source), random, text) for _ in range(batch)]

@@ -19,7 +19,7 @@ from torch import nn
 
 import engine
 from data import Pictures, expand, loader, open_source
-from pretrain import TOY, need, save_recipe
+from engine import TOY, need
 from tokenizer import ImageTokenizer, ImageTokenizerConfig, read_clip_sizes, read_clip_weights, to_picture, to_rgb
 from weights import UserError, assign, read_tensors, select
 
@@ -194,7 +194,7 @@ def main():
 
 def train(args, world, tokenizer, discriminator, lpips, recipe):
     """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
-    out = save_recipe(args, world)
+    out = engine.save_recipe(args, world)
     (out / "samples").mkdir(exist_ok=True)
     wrapped, wrapped_disc = engine.wrap(Trained(tokenizer), world), engine.wrap(discriminator, world)
     models = [tokenizer, discriminator]

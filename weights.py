@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -19,15 +18,18 @@ class UserError(Exception):
     """A mistake in what the user gave (a file, an option, a sample): the scripts print its text and no traceback."""
 
 
-def read_json(path):
-    """-> the parsed file; a UserError that names the file where it is missing or broken."""
+def read_json(path, kind=dict):
+    """-> the parsed file; a UserError that names the file where it is missing, broken or of another kind."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'object or list'}")
+    return value
 
 
 def write_json(path, value):
@@ -42,7 +44,7 @@ def read_yaml(path):
     """The subset of YAML that vision_tokenizer_config.yaml uses: nested `key: value`, [lists], # comments."""
     top = {}
     levels = [(-1, top)]                                  # (indent, mapping) from the outside in
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", line).rstrip()
         if not line or line == "---":
             continue
@@ -78,7 +80,7 @@ def weight_files(folder, stems=("model", "pytorch_model")):
         if single.is_file():
             return [single]
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = sorted(set((read_json(index).get("weight_map") or {}).values()))
             lost = [name for name in names if not (folder / name).is_file()]
             if lost or not names:
                 raise UserError(f"{index}: names {len(names)} shards, of which {', '.join(lost) or 'all'} "
@@ -102,13 +104,15 @@ def read_tensors(path):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]}). "
-                        "Is the download complete? Compare its size with the source") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: it is no torch file, or it holds more than tensors. Pickles are read with "
                         "weights_only=True, so that a file from elsewhere can run no code here") from None
-    tensors = tensors.get("state_dict", tensors)
+    except Exception as error:  # noqa: BLE001            # a cut pickle can fail in any way
+        raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {str(error)[:80]}). "
+                        "Is the download complete? Compare its size with the source") from None
+    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: expected named tensors in it")
     return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
@@ -131,6 +135,9 @@ def select(tensors, dtype=None, keep=lambda name: name):
     return chosen
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def assign(module, tensors, source, may_lack=()):
     """Give `tensors` to a module built on the meta device, without a copy.
 
@@ -139,12 +146,15 @@ def assign(module, tensors, source, may_lack=()):
     """
     expected = module.state_dict()
     lack, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    odd = [f"{name} is {t.dtype}" for name, t in tensors.items() if name in expected and t.dtype not in FLOATS]
     wrong = [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
              for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
     if lack != set(may_lack) and lack:
         raise UserError(f"{source}: {len(lack)} tensors are missing: {some(lack)}")
     if extra:
         raise UserError(f"{source}: {len(extra)} tensors are unknown: {some(extra)}")
+    if odd:
+        raise UserError(f"{source}: {len(odd)} weights are of a type this model does not compute with: {some(odd)}")
     if wrong:
         raise UserError(f"{source}: {len(wrong)} tensors have another shape than config.json says: {some(wrong)}")
     answer = module.load_state_dict(tensors, strict=False, assign=True)

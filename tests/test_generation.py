@@ -122,7 +122,7 @@ def test_stop_and_room():
     assert stopped == free[:free.index(stop) + 1]
     long = tiny.text_ids(model.config, 125, g)
     assert len(list(generate(model, [long], None, 50))) == 3      # max_position_embeddings is 128
-    with pytest.raises(UserError, match="as many as the model takes"):
+    with pytest.raises(UserError, match="too little room"):
         list(generate(model, [tiny.text_ids(model.config, 128, g)], None, 5))
 
 
@@ -160,3 +160,33 @@ def test_ask(tmp_path):
     assert model.ask([picture, picture], "And these?", 8) is not None and model.ask(None, "No picture?", 8) is not None
     with pytest.raises(UserError, match=r"gone\.png: no such file"):
         model.ask("gone.png", "What?")
+
+
+def test_impossible_prompts_are_refused():
+    model, g = tiny.libra(), torch.Generator().manual_seed(13)
+    c = model.config
+    image = tiny.image_ids(c, generator=g)
+    start = tiny.text_ids(c, 2, g)
+    for bad, message in ((torch.cat([start, image, image[1:3]]), "tokens behind BOI"),
+                         (torch.cat([start, image[1:3]]), "without a BOI"),
+                         (torch.cat([start, image[:2], image[-1:]]), "whole it is 4 codes and EOI"),
+                         (torch.cat([tiny.text_ids(c, 124, g), image[:1]]), "too little room")):
+        with pytest.raises(UserError, match=message):
+            list(generate(model, [bad], None, 5))
+    for prompts, new in (([], 5), ([start], 0), ([start[:0]], 5)):
+        with pytest.raises(UserError, match="at least one prompt"):
+            list(generate(model, prompts, None, new))
+    assert len(list(generate(model, [torch.cat([tiny.text_ids(c, 123, g), image[:1]])], None, 50))) == 4
+
+
+def test_looking_inside_does_not_change_what_is_said():
+    """The plain form, which records attention maps, serves cached steps and rows of different lengths too"""
+    model, g = tiny.libra(num_key_value_heads=2), torch.Generator().manual_seed(14)
+    prompts = prompts_of(model.config, g)
+    signal = torch.cat([tiny.signals(model.config, [prompt], g) for prompt in prompts])
+    expected = stack(generate(model, prompts, signal, 10))
+    for block in model.model.layers:
+        block.self_attn.record = []
+    assert torch.equal(stack(generate(model, prompts, signal, 10)), expected)
+    maps = model.model.layers[0].self_attn.record
+    assert len(maps) == 10 and all(torch.allclose(m.sum(-1), torch.ones(())) for m in maps[1:])

@@ -6,9 +6,11 @@ prints the largest absolute difference per case and output, and exits non-zero a
 over largest magnitude, 1e-3). Under pytest the folder comes from the environment variable LIBRA_GOLDEN.
 """
 import json
+import math
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import FIXED, IGNORED, LibraConfig
+from config import LibraConfig
 from generate import attention_difference
 from generation import generate
 from model import Libra
@@ -38,7 +40,7 @@ class Report(list):
         assert ours.shape == theirs.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
         ours, theirs = ours.double(), theirs.double()
         difference = (ours - theirs).abs().detach()[ours != theirs]          # equal infinities are equal
-        self.append((name, float(difference.max()) if len(difference) else 0.0, ABSOLUTE))
+        self.append((name, float(difference.max()) if len(difference) else 0.0, ABSOLUTE))       # NaN stays NaN
 
     def gradient(self, name, ours, theirs):
         self.append((name, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)), GRADIENT))
@@ -49,16 +51,23 @@ def tensors(path):
 
 
 def case_llm(folder, report):
-    raw = json.loads((folder / "config.json").read_text())
-    names = {k: v for k, v in raw.items() if k not in FIXED and k not in IGNORED and k != "max_vision_token_length"}
-    config = LibraConfig(**names)
+    config = LibraConfig.from_file(folder / "config.json")
     model = Libra(config)
     weights = {k: v for k, v in tensors(folder / "model.safetensors").items()
-               if not k.endswith(("_placeholder", "inv_freq"))}
+               if not k.endswith(("_placeholder", "inv_freq")) and (config.use_bridge or "_bridge_on_" not in k)}
     assert weights.keys() == model.state_dict().keys(), sorted(weights.keys() ^ model.state_dict().keys())
     model.load_state_dict(weights)
     io = tensors(folder / "io.safetensors")
-    ids, mask = io["input_ids"].permute(1, 2, 0), io["attention_mask"].bool()                 # (B, L, K)
+    if "input_ids" in io:
+        compare_forward(model, config, io, folder, report)
+    for prefix in ("gen", "gen_eoi"):
+        if f"{prefix}.new_ids" in io and not (prefix == "gen" and "gen_eoi.new_ids" in io):
+            compare_generation(model, io, prefix, report)
+
+
+def compare_forward(model, config, io, folder, report):
+    ids = io["input_ids"].permute(1, 2, 0)                                                    # (B, L, K)
+    mask = io.get("attention_mask", torch.ones(ids.shape[:2])).bool()
     counted = (io["labels"][0] != -100) if "labels" in io else None
     if counted is not None:
         for k in range(len(io["labels"])):
@@ -82,9 +91,9 @@ def case_llm(folder, report):
                             torch.cat([a[:, :n, :n].flatten() for a, n in zip(maps[layer], streams.lengths)]),
                             torch.cat([a[:, m][:, :, m].flatten() for a, m in zip(attention, mask)]))
     text, image = model.logits(streams, signal)
-    theirs = io["logits"].permute(1, 2, 0, 3)[mask]                                           # (n, K, V + N + 2)
     is_image = ids[mask][:, 0] >= config.vocab_size
-    for k in range(config.vision_codebook_num):
+    for k in range(config.vision_codebook_num if "logits" in io else 0):
+        theirs = io["logits"].permute(1, 2, 0, 3)[mask]                                       # (n, K, V + N + 2)
         report.same(f"logits.text.{k}", text, theirs[~is_image][:, k, :config.vocab_size])
         if len(image):
             report.same(f"logits.image.{k}", image[:, k], theirs[is_image][:, k, config.vocab_size:])
@@ -97,9 +106,6 @@ def case_llm(folder, report):
             report.same("loss_per_codebook", ((text_sum + image_sums) / count).detach(), io["loss_per_codebook"])
         loss.backward()
         compare_gradients(model, io, folder, report)
-    for prefix in ("gen", "gen_eoi"):
-        if f"{prefix}.new_ids" in io and not (prefix == "gen" and "gen_eoi.new_ids" in io):
-            compare_generation(model, io, prefix, report)
 
 
 def signal_of(io, prefix, ids, mask, config):
@@ -192,8 +198,8 @@ def case_lfq(folder, report):
         losses = lfq_loss(projected, c["codebook_size"], c["diversity_gamma"], c["entropy_loss_weight"],
                           c["commitment_loss_weight"])
         report.same(f"{name}.quantized", quantized.detach(), io[f"{name}.train.quantized"])
-        report.same(f"{name}.indices", ids, io[f"{name}.train.indices"])
-        report.same(f"{name}.eval.indices", ids, io[f"{name}.eval.indices"])
+        report.same(f"{name}.indices", ids, io[f"{name}.train.indices"].view(ids.shape))
+        report.same(f"{name}.eval.indices", ids, io[f"{name}.eval.indices"].view(ids.shape))
         for theirs in ("per_sample_entropy", "batch_entropy", "commitment", "aux_loss"):
             ours = losses["loss" if theirs == "aux_loss" else theirs]
             report.same(f"{name}.{theirs}", ours.detach(), io[f"{name}.train.{theirs}"])
@@ -202,7 +208,7 @@ def case_lfq(folder, report):
         for part in ("project_in", "project_out"):
             theirs = io[f"{name}.train.grad_{part}_weight"]
             report.gradient(f"{name}.grad_{part}", getattr(lfq, part).weight.grad, theirs)
-        codes = lfq.codes(io[f"{name}.train.indices"])
+        codes = lfq.codes(io[f"{name}.train.indices"].view(ids.shape))
         report.same(f"{name}.indices_to_codes_noproj", codes.permute(0, 3, 1, 2), io[f"{name}.indices_to_codes_noproj"])
         report.same(f"{name}.indices_to_codes", lfq.project_out(codes).permute(0, 3, 1, 2).detach(),
                     io[f"{name}.indices_to_codes"])
@@ -381,15 +387,21 @@ def test_golden(folder):
 
 
 def main(paths):
-    if not paths:
-        sys.exit(__doc__)
+    lost = [path for path in paths if not Path(path).is_dir()]
+    cases = [] if lost else list(folders(paths))
+    if not cases:
+        sys.exit(f"no such folder: {', '.join(lost)}" if lost else __doc__ + "\nno case was found")
     failed = 0
-    for folder in folders(paths):
-        report = Report()
-        kind_of(folder)(folder, report)
-        worst = {}
-        for name, difference, bar in report:              # steps of one name on one line
-            if not difference <= worst.get(name, (-1.0, bar))[0]:
+    for folder in cases:
+        report, worst = Report(), {}
+        try:
+            kind_of(folder)(folder, report)
+        except Exception:  # noqa: BLE001                 # one case that breaks must not hide the others
+            traceback.print_exc()
+            report.append((f"stopped by {sys.exc_info()[0].__name__}", math.inf, 0))
+        for name, difference, bar in report:              # steps of one name on one line; NaN is the worst
+            before = worst.get(name, (-1.0, bar))[0]
+            if math.isnan(difference) or difference > before:
                 worst[name] = difference, bar
         for name, (difference, bar) in worst.items():
             failed += not difference <= bar

@@ -49,6 +49,11 @@ def test_odd_pictures():
     assert open_image(saved(half_red(), "JPEG", exif=exif)).size == (20, 40)
 
 
+def test_broken_exif_does_not_cost_the_picture():
+    text_as_rotation = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0"
+    assert open_image(saved(half_red(), "JPEG", exif=text_as_rotation)).size == (40, 20)
+
+
 def test_sizes_from_a_point_to_a_strip():
     for size in ((1, 1), (20000, 10), (10, 20000), (3, 500), (57, 56)):
         for square in (True, False):

@@ -174,6 +174,9 @@ def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled)
     ("unified_head", True, "unified_head is True"), ("intermediate_size", None, "it lacks intermediate_size"),
     ("bridge_rank", None, "it lacks bridge_rank"), ("max_vision_token_length", 578, "max_vision_token_length is 578"),
     ("vision_down_ratio", 5, "does not divide by 5"), ("vocab_size", 379, "tensors have another shape"),
+    ("hidden_size", "32", "hidden_size is '32', expected int"), ("use_bridge", "false", "use_bridge is 'false'"),
+    ("vision_down_ratio", 0, "vision_down_ratio is 0, expected 1 or more"),
+    ("tie_word_embeddings", True, "lm_head differs from its embedding"),
     ("hidden_size", 64, "tensors have another shape than config.json says"),
     ("newline_token_id", 14, "newline_token_id is 14"), ("quantization_config", {"bits": 4}, "quantization_config is"),
     ("image_feature_resolution", 5, "max_vision_token_length is 18")])
@@ -195,6 +198,10 @@ def test_weights_that_do_not_fit(copy):
     expect(f"1 tensors are missing: {name}", **{name: None})
     expect("1 tensors are unknown: model.layers.0.q_lora", **{"model.layers.0.q_lora": torch.zeros(3)})
     expect(r"vision_norm.weight is \(31,\), expected \(32,\)", **{"model.vision_norm.weight": torch.zeros(31)})
+    expect("type this model does not compute with: model.norm.weight is torch.int64",
+           **{"model.norm.weight": torch.ones(32, dtype=torch.long)})
+    expect("weights are of several types", **{"model.norm.weight": torch.ones(32).bfloat16()})
+    save_file(tensors, path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"model.safetensors: cannot be read as weights .*download complete"):
         Libra.from_pretrained(copy)
@@ -231,6 +238,17 @@ def test_pickles_run_no_code(folder, tmp_path):
         Libra.from_pretrained(path)
     with pytest.raises(UserError, match="no such file"):
         read_tensors(tmp_path / "gone.ckpt")
+    whole = tmp_path / "whole.bin"
+    torch.save({"a": torch.randn(64)}, whole, _use_new_zipfile_serialization=False)
+    content = whole.read_bytes()
+    for size in [0, 1, 7, *range(10, len(content), 23)]:
+        whole.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"whole\.bin"):
+            read_tensors(whole)
+    for value in (torch.ones(3), [torch.ones(3)], {"state_dict": None}):
+        torch.save(value, whole)
+        with pytest.raises(UserError, match="expected named tensors"):
+            read_tensors(whole)
 
 
 def test_folders_that_do_not_belong_together(copy, tmp_path):
@@ -255,6 +273,18 @@ def test_yaml(tmp_path):
     path.write_text("a: 1\n- b\n")
     with pytest.raises(UserError, match="x.yaml, line 2: expected 'key: value', found '- b'"):
         read_yaml(path)
+
+
+def test_checkpoint_with_leftovers_of_training(folder, tmp_path):
+    path = publish(Libra.from_pretrained(folder), tmp_path / "p")
+    content = torch.load(path / "vqgan.ckpt", weights_only=True)
+    content["state_dict"] |= {"model_ema.decay": torch.zeros(()), "quantize.codebook": torch.zeros(3)}
+    torch.save(content, path / "vqgan.ckpt")
+    ImageTokenizer.from_pretrained(path)
+    for line, message in (("[1,-1]", "select_layers"), ("[]", "select_layers"), ("[4]", "select_layers")):
+        (path / "vision_tokenizer_config.yaml").write_text(YAML.replace("[1,3]", line))
+        with pytest.raises(UserError, match=message):
+            ImageTokenizer.from_pretrained(path)
 
 
 @pytest.mark.parametrize("line, message", [("  embedding: 3\n", r"unknown keys \['embedding'\]"),
