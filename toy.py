@@ -55,13 +55,9 @@ def outline(shape, radius):
 MASKS = {(size, shape): outline(shape, radius) for size, radius in SIZES.items() for shape in SHAPES}
 
 
-def draw_scene(random, objects, one_colour=False):
-    """objects: 1 to 3 -> a scene: tuple of (size, colour, shape, cell) by cell, no two alike in colour and shape.
-    one_colour: only their shapes and places tell the objects apart"""
+def draw_scene(random, objects):
+    """objects: 1 to 3 -> a scene: tuple of (size, colour, shape, cell) by cell, no two alike in colour and shape"""
     kinds = list(itertools.product(COLOURS, SHAPES))
-    if one_colour:
-        first = 3 * random.integers(5)
-        kinds = kinds[first:first + 3]
     chosen = random.choice(len(kinds), objects, replace=False)
     cells = sorted(random.choice(4, objects, replace=False).tolist())
     return tuple((list(SIZES)[random.integers(2)], *kinds[k], cell) for k, cell in zip(chosen, cells))
@@ -139,25 +135,32 @@ def beside(a, b):
     return None
 
 
-def questions(scene, random):
-    """-> {kind: list of (question, answer)}: all that can be asked about a scene without ambiguity"""
+def questions(scene, random, brief=0.0):
+    """-> {kind: list of (question, answer)}: all that can be asked about a scene without ambiguity.
+
+    brief: in training, the share of things that are named by their shape or colour alone where that suffices. Named by
+    both, the colour nearly always does, and a small model never learns to find a thing by its shape."""
     asked = {kind: [] for kind in KINDS}
     shapes, colours = [t[2] for t in scene], [t[1] for t in scene]
     pairs = {(t[1], t[2]) for t in scene}
     asked["count"].append(("How many objects are there?", NUMBERS[len(scene)]))
     for thing in scene:
         size, colour, shape, cell = thing
+        called = [f"{colour} {shape}"]
+        if random.random() < brief:
+            called = [shape] * (shapes.count(shape) == 1) + [f"{colour} object"] * (colours.count(colour) == 1) or called
+        called = called[random.integers(len(called))]
         if shapes.count(shape) == 1:
             asked["colour"].append((f"What colour is the {shape}?", colour))
         if colours.count(colour) == 1:
             asked["shape"].append((f"What shape is the {colour} object?", shape))
-        asked["size"].append((f"How large is the {colour} {shape}?", size))
-        asked["where"].append((f"Where is the {colour} {shape}?", PLACES[cell]))
+        asked["size"].append((f"How large is the {called}?", size))
+        asked["where"].append((f"Where is the {called}?", PLACES[cell]))
         asked["exist"].append((f"Is there a {colour} {shape}?", "yes"))
         for side in ("left of", "right of", "above", "below"):
             there = [other for other in scene if beside(other, thing) == side]
             if there or random.random() < 0.15:
-                asked["relation"].append((f"What is {side} the {colour} {shape}?",
+                asked["relation"].append((f"What is {side} the {called}?",
                                           name(there[0], False) if there else "nothing"))
         near = [(c, shape) for c in COLOURS] + [(colour, s) for s in SHAPES]                  # one attribute apart
         if random.random() < 0.2:
@@ -178,7 +181,7 @@ SHARES = np.array([6, 1, 1, 1, 5, 2, 4, 5]) / 25          # in training: what is
 
 def ask(scene, random, rounds):
     """-> `rounds` different (question, answer); existence half yes, half no"""
-    asked, chosen = questions(scene, random), []
+    asked, chosen = questions(scene, random, brief=0.5), []
     for answer in ("yes", "no"):
         asked[answer] = [pair for pair in asked["exist"] if pair[1] == answer]
     while len(chosen) < rounds:
@@ -232,12 +235,10 @@ def talk(scene, random, rounds=6):
     return [first] + [(question, 0, answer) for question, answer in pairs[1:]]
 
 
-def scenes(random, split, objects=None, one_colour=0.0):
-    """Endless scenes of one split, 1, 2 and 3 objects in turn unless `objects` is given. one_colour: a share of scenes
-    for training in which colours tell nothing; without them small models never learn to tell things by their shape"""
+def scenes(random, split, objects=None):
+    """Endless scenes of one split, 1, 2 and 3 objects in turn unless `objects` is given"""
     for number in itertools.count():
-        alike = random.random() < one_colour
-        while split_of(scene := draw_scene(random, objects or 1 + number % 3, alike)) != split:
+        while split_of(scene := draw_scene(random, objects or 1 + number % 3)) != split:
             pass
         yield scene
 
@@ -364,7 +365,7 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3):
     model = Libra(config)
     begin_llama(model, text)
     random = np.random.default_rng([seed, 7])
-    source = scenes(random, "train", one_colour=0.4)
+    source = scenes(random, "train")
 
     def loss():
         rows = [training_text(next(source), random, text) for _ in range(batch)]

@@ -10,6 +10,7 @@ commitment losses of LFQ. Only the decoder, the quantizer and the two 1x1 convol
 """
 import argparse
 import time
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -139,12 +140,12 @@ def options():
     g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; without them only L1")
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
     g = parser.add_argument_group("the tokenizer (the published sizes)")
-    published = ImageTokenizerConfig(clip={"image_size": 336, "patch_size": 14, "num_hidden_layers": 24})
+    published = {field.name: field.default for field in fields(ImageTokenizerConfig)}
     for name in NUMBERS:
         option = "--" + name.replace("_", "-")
-        g.add_argument(option, type=int, default=getattr(published, name), help="see tokenizer.py")
+        g.add_argument(option, type=int, default=published[name], help="see tokenizer.py")
     for name in LISTS:
-        g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=getattr(published, name),
+        g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=published[name],
                        help="see tokenizer.py")
     g = parser.add_argument_group("losses")
     g.add_argument("--disc-start", type=int, default=20_000, help="step at which the discriminator joins")
