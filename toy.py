@@ -148,7 +148,8 @@ def questions(scene, random, brief=0.0):
         size, colour, shape, cell = thing
         called = [f"{colour} {shape}"]
         if random.random() < brief:
-            called = [shape] * (shapes.count(shape) == 1) + [f"{colour} object"] * (colours.count(colour) == 1) or called
+            alone = [shape] * (shapes.count(shape) == 1) + [f"{colour} object"] * (colours.count(colour) == 1)
+            called = alone or called
         called = called[random.integers(len(called))]
         if shapes.count(shape) == 1:
             asked["colour"].append((f"What colour is the {shape}?", colour))
