@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 
 from weights import UserError, read_json, write_json
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")               # one process needs none
 
 TOY = Path("runs/toy")         # where `make demo` works; the scripts' paths point there when none are given
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -171,7 +174,7 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         barrier(self.world)
-        dcp.save(self._state(models, optimizers), checkpoint_id=draft, no_dist=self.world.size == 1)
+        dcp.save(self._state(models, optimizers), checkpoint_id=draft)
         torch.save(random_state(), draft / f"random-{self.world.rank}.pt")
         barrier(self.world)
         if self.world.first:
@@ -189,7 +192,7 @@ class Checkpoints:
         """-> step, place in the data"""
         done = read_json(path / "done.json")
         state = self._state(models, optimizers)
-        dcp.load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+        dcp.load(state, checkpoint_id=path)
         for i, (model, optimizer) in enumerate(zip(models, optimizers)):
             set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
                            optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)

@@ -172,11 +172,23 @@ def new_tokenizer(args):
 
 
 class Trained(nn.Module):
-    """What a step runs, in one module: replicas synchronise what passes through forward."""
+    """What a step runs, in one module: replicas synchronise what passes through forward. `used` (K, N) counts the codes
+    of about the last 50 batches."""
 
     def __init__(self, tokenizer):
         super().__init__()
-        self.tokenizer = tokenizer
+        c, self.tokenizer = tokenizer.config, tokenizer
+        self.register_buffer("used", torch.zeros(c.num_codebooks, c.codebook_size))
+
+    @torch.no_grad()
+    def count(self, ids):
+        """ids (B, G, G, K) -> share of the codes in use, their perplexity, both means over the codebooks"""
+        books, codes = self.used.shape
+        self.used.mul_(0.98).add_(torch.stack([torch.bincount(ids[..., k].flatten(), minlength=codes)
+                                               for k in range(books)]))
+        p = self.used / self.used.sum(-1, keepdim=True)
+        perplexity = torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
+        return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
 
     def forward(self, signal):
         quantized, ids, projected = self.tokenizer.quantized(signal)
@@ -197,8 +209,8 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
     out = engine.save_recipe(args, world)
     (out / "samples").mkdir(exist_ok=True)
-    wrapped, wrapped_disc = engine.wrap(Trained(tokenizer), world), engine.wrap(discriminator, world)
-    models = [tokenizer, discriminator]
+    models = [Trained(tokenizer).to(world.device), discriminator]
+    wrapped, wrapped_disc = (engine.wrap(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
     stop, start, state = engine.Stop(world), 0, None
@@ -208,8 +220,6 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    c = tokenizer.config
-    used = torch.zeros(c.num_codebooks, c.codebook_size, device=world.device)
     for step, batch in zip(range(start, args.steps), batches):
         clock = time.perf_counter()
         for optimizer in optimizers:
@@ -217,13 +227,8 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
                 group["lr"] = engine.learning_rate(step, args)
         pixels = batch.pixels.to(world.device, non_blocking=True)
         numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
-        used *= 0.98                                      # codes of about the last 50 batches
-        used += torch.stack([torch.bincount(ids[..., k].flatten(), minlength=c.codebook_size)
-                             for k in range(c.num_codebooks)])
-        p = used / used.sum(-1, keepdim=True)
-        numbers |= {"used": float((used > 0.5).float().mean()), "perplexity": float(perplexity(p).mean()),
-                    "lr": optimizers[0].param_groups[0]["lr"],
-                    "samples/s": args.batch / (time.perf_counter() - clock)}
+        numbers |= models[0].count(ids) | {"lr": optimizers[0].param_groups[0]["lr"],
+                                           "samples/s": args.batch / (time.perf_counter() - clock)}
         log(step + 1, numbers)
         if world.first and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
             pairs = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(to_rgb(pixels[:8]), xrec[:8])], dim=2)
@@ -269,15 +274,12 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
         judged.backward()
         critic.step()
     mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)
+    l1, code = l1.detach(), {name: value.detach() for name, value in code.items()}
+    judged = None if judged is None else judged.detach()
     return {"l1": float(l1), "psnr": float(10 * torch.log10(4 / mse)), "entropy": float(code["per_sample_entropy"]),
             "batch_entropy": float(code["batch_entropy"]), "commit": float(code["commitment"]), "norm": float(norm),
             "disc": None if judged is None else float(judged),
             "disc_weight": None if weight is None else float(weight)}, ids, xrec.detach()
-
-
-def perplexity(p):
-    """p (K, N) -> (K,): how many codes are in even use"""
-    return torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
 
 
 if __name__ == "__main__":

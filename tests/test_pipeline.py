@@ -115,14 +115,16 @@ def test_two_processes_learn_what_one_learns(pretrain, base, tmp_path):
         assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
         assert abs(one["norm"] - two["norm"]) < 1e-4 * one["norm"]
     one, two = (load_file(path / "model.safetensors") for path in (base, tmp_path / "two"))
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm().clamp(min=1e-3), name
+    for name in one:                                      # a bridge's B starts at zero, where Adam magnifies rounding
+        bar = 1e-4 if "bridge" in name and "weight_B" in name else 1e-5
+        assert (one[name] - two[name]).norm() <= bar * one[name].norm().clamp(min=1e-3), name
 
 
 def test_instruction_tuning_trains_all(base, tuned):
     before, after = (load_file(path / "model.safetensors") for path in (base, tuned))
     same = [name for name in before if torch.equal(before[name], after[name])]
-    assert [name for name in same if "bridge_on_language" not in name and "vision_lm_head" not in name] == []
+    # What only image targets could teach has no gradient: answers alone count (Eq. 8). Weight decay spares norms.
+    assert set(same) <= {"model.layers.3.vision_post_attention_layernorm.weight", "model.vision_norm.weight"}
     images = [load_file(path / "image_tokenizer/model.safetensors") for path in (base, tuned)]
     assert all(torch.equal(images[0][name], images[1][name]) for name in images[0])
 
