@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from weights import UserError, read_json, write_json
+from weights import UserError, read_json, some, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")               # one process needs none
 
@@ -194,8 +194,12 @@ class Checkpoints:
         state = self._state(models, optimizers)
         dcp.load(state, checkpoint_id=path)
         for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-            set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
-                           optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)
+            answer = set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
+                                    optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)
+            lost = {name for name, p in model.named_parameters() if p.requires_grad} & set(answer.missing_keys)
+            if lost or answer.unexpected_keys:            # frozen weights are not in it, all others must be
+                raise UserError(f"{path} is of another model: missing {some(lost)}, unknown "
+                                f"{some(answer.unexpected_keys)}")
         mine = path / f"random-{self.world.rank}.pt"
         if done["processes"] == self.world.size and mine.is_file():
             set_random_state(torch.load(mine, weights_only=False))
