@@ -101,7 +101,8 @@ def detect(picture):
             for dy, dx in itertools.product(range(-2, 3), repeat=2):
                 moved = np.roll(mask, (dy, dx), (0, 1))
                 overlap = np.minimum(weight, moved).sum() / np.maximum(weight, moved).sum()
-                best = max(best, (overlap, (size, names[cosine.argmax()], shape)))
+                if overlap > best[0]:
+                    best = (overlap, (size, names[cosine.argmax()], shape))
         found.append(best[1] if best[0] > 0.6 and cosine.max() > 0.93 else "unclear")
     return found
 
