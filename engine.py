@@ -188,6 +188,14 @@ class Checkpoints:
                 shutil.rmtree(old)
         barrier(self.world)
 
+    def resume(self, wanted, models, optimizers):
+        """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
+        newest = self.newest() if wanted else None
+        if newest is None:
+            return 0, None
+        self.world.say(f"going on from {newest}")
+        return self.load(newest, models, optimizers)
+
     def load(self, path, models, optimizers):
         """-> step, place in the data"""
         done = read_json(path / "done.json")

@@ -60,10 +60,7 @@ def train(args, world, model, recipe):
     wrapped, optimizer = engine.wrap(model, world), engine.adamw(model.parameters(), args)
     checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
     stop = engine.Stop(world)
-    start, state = 0, None
-    if args.resume and (newest := checkpoints.newest()):
-        start, state = checkpoints.load(newest, [model], [optimizer])
-        world.say(f"going on from {newest}")
+    start, state = checkpoints.resume(args.resume, [model], [optimizer])
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")

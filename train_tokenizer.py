@@ -213,10 +213,8 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     wrapped, wrapped_disc = (engine.wrap(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
-    stop, start, state = engine.Stop(world), 0, None
-    if args.resume and (newest := checkpoints.newest()):
-        start, state = checkpoints.load(newest, models, optimizers)
-        world.say(f"going on from {newest}")
+    stop = engine.Stop(world)
+    start, state = checkpoints.resume(args.resume, models, optimizers)
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
