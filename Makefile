@@ -1,5 +1,6 @@
 # make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds
 # make test        a virtual environment, the packages, the linter, all tests
+# make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make clean-demo  remove the demo's files
 
 PYTHON ?= python3
@@ -31,12 +32,25 @@ demo: $(VENV)/run
 		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume $(PRETRAIN) $(BRIEF)
 	test -f $(TOY)/sft/model.safetensors || $(RUN) sft.py --model $(TOY)/pretrain --data $(TOY)/chats/chat.json \
 		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(BRIEF)
-	$(RUN) report.py --toy $(TOY) $(LIMIT)
+	$(RUN) foreign.py --out $(TOY)/foreign
+	$(RUN) report.py --toy $(TOY) --began $$(cat .demo-began) $(LIMIT)
 	@echo "demo took $$(( ($$(date +%s) - $$(cat .demo-began)) / 60 )) minutes; look at $(TOY)/report.png"
 	@rm -f .demo-began
 ifdef QUICK
 	@echo "QUICK=1 only shows that every stage runs: nothing was learned."
 endif
+
+# The two Libra stages again with other seeds, over the same stand-ins: the report's numbers, mean and spread
+demo-seeds: demo
+	set -e; for seed in 1 2; do \
+		to=$(TOY)/seed$$seed; \
+		test -f $$to/pretrain/model.safetensors || $(RUN) pretrain.py --llm $(TOY)/llama --image-tokenizer $(TOY)/tokenizer \
+			--data '$(TOY)/captions/*.tar' --out $$to/pretrain --resume --seed $$seed $(PRETRAIN) $(BRIEF); \
+		test -f $$to/sft/model.safetensors || $(RUN) sft.py --model $$to/pretrain --data $(TOY)/chats/chat.json \
+			--images $(TOY)/chats/images --out $$to/sft --resume --seed $$seed $(SFT) $(BRIEF); \
+		$(RUN) report.py --toy $(TOY) --models $$to --seed $$seed $(LIMIT); \
+	done
+	$(RUN) report.py --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
 clean-demo:
 	rm -rf $(TOY)
@@ -54,4 +68,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo clean-demo test
+.PHONY: demo demo-seeds clean-demo test

@@ -110,7 +110,8 @@ def check_types(config, name, at_least=None):
     """Every field has the type of its declaration, and numbers are positive (or as large as `at_least` says)."""
     for field in fields(config):
         value = getattr(config, field.name)
-        kind = {"dict": dict, "tuple": (list, tuple), "bool": bool, "int": int, "float": (int, float)}[
+        kind = {"dict": dict, "tuple": (list, tuple), "bool": bool, "int": int, "float": (int, float),
+                "str": str}[
             field.type.__name__]
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             expected = "a number" if float in (kind if isinstance(kind, tuple) else ()) else field.type.__name__

@@ -1,35 +1,41 @@
-"""What every trainer needs and no paper mentions: processes and devices, optimizer and schedule, checkpoints, the log.
+"""What every trainer needs and no paper mentions: processes and devices, engines, optimizer and schedule, the log.
 
-A run folder holds `checkpoint-XXXXXX/` (trained weights, optimizer, step, place in the data, random states: complete or
-absent, never half), `log.jsonl`, `samples/` and, at the end, the model folder.
+A run folder holds `checkpoint-XXXXXX/` (checkpoints.py), `log.jsonl`, `bad_samples.jsonl`, `samples/` and, at the end,
+the model folder. Three engines share the work of several processes: replicas (ddp), replicas that share gradients and
+AdamW's state (zero), everything in shares (fsdp). All come from torch; the training loops do not know which one runs.
 """
 import argparse
 import json
 import math
 import os
 import random
-import shutil
-import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from weights import UserError, read_json, some, write_json
+from checkpoints import barrier
+from weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")               # one process needs none
 
 TOY = Path("runs/toy")         # where `make demo` works; the scripts' paths point there when none are given
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ENGINES = ("ddp", "zero", "fsdp")
+# TFLOP/s of dense bfloat16 products, by what the device's name contains
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "A10G": 70, "L4": 121}
 
 
 # ---------------------------------------------------------------- options and processes
@@ -38,11 +44,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """--help shows the docstring as it is, and every default"""
 
 
-def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_decay=0.01):
+def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_decay=0.01, engines=True, text_tokens=0):
     """The options that all trainers share; the numbers are the stage's recipe."""
     g = parser.add_argument_group("the run")
     g.add_argument("--out", metavar="DIR", help="run folder: checkpoints, log, samples, at the end the model")
     g.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    g.add_argument("--export", action="store_true", help="with --resume: write the model folder now and end")
     g.add_argument("--steps", type=int, default=steps, help="updates")
     g.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints")
     g.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept")
@@ -60,6 +67,26 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
     g.add_argument("--workers", type=int, default=0, help="processes that read data, for each training process")
+    g.add_argument("--max-bad", type=float, default=0.05, metavar="SHARE",
+                   help="of samples that cannot be used, beyond which the run ends")
+    g.add_argument("--timeout", type=float, default=10, metavar="MINUTES",
+                   help="how long the processes wait for one that does not answer before the run ends")
+    g.add_argument("--tensorboard", action="store_true", help="log there too, where that package is installed")
+    if engines:
+        g.add_argument("--engine", choices=("auto", *ENGINES), default="auto",
+                       help="replicas; replicas that share gradients and AdamW's state; all in shares; auto: the first "
+                            "that fits the device's memory")
+        g.add_argument("--checkpoint-activations", action="store_true",
+                       help="keep only what goes into a layer, compute the rest again: less memory, a third more time")
+        g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
+        g.add_argument("--peak", type=float, metavar="TFLOP/S", help="of the device, to log the share reached; None: "
+                       "by the GPU's name")
+        plan = parser.add_argument_group("the plan")
+        plan.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end")
+        plan.add_argument("--nproc", type=int, default=8, help="GPUs")
+        plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU")
+        plan.add_argument("--tflops", type=float, default=150, help="TFLOP/s that a GPU reaches, given or measured")
+        plan.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
     return parser
 
 
@@ -110,8 +137,11 @@ def start(args):
             raise UserError("--device cuda: no GPU is visible here; --device cpu runs without one")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    shared = getattr(args, "engine", "ddp") in ("zero", "fsdp")
+    if (size > 1 or shared) and not dist.is_initialized():
+        store = None if size > 1 else dist.HashStore()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=size, timeout=timedelta(minutes=args.timeout))
     if args.batch % size:
         raise UserError(f"--batch {args.batch} does not divide into {size} processes")
     args.micro_batch = args.micro_batch or args.batch // size
@@ -122,9 +152,86 @@ def start(args):
     return World(rank, size, device, DTYPES[args.dtype])
 
 
-def wrap(model, world):
+def distribute(model, blocks, args, world):
+    """Put a model on the device and among the processes. Weights that learn are float32, frozen ones of the products'
+    type. blocks: the layers, which zero and fsdp gather one at a time. -> what to call in training"""
+    if args.compile:
+        for block in blocks:
+            block.compile(dynamic=True)
+    if args.engine == "ddp":
+        settle(model, world)
+        return replicate(model, world)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    mixed = MixedPrecisionPolicy(*() if world.dtype == torch.float32 else (world.dtype, torch.float32))
+    frozen = {p for p in model.parameters() if not p.requires_grad} if args.engine == "zero" else set()
+    for part in [*blocks, model]:
+        settle(part, world)
+        fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=args.engine == "fsdp",
+                    ignored_params=frozen)
+    return model
+
+
+def settle(module, world):
+    for p in module.parameters():
+        if not isinstance(p.data, torch.distributed.tensor.DTensor):
+            p.data = p.data.to(world.device, torch.float32 if p.requires_grad else world.dtype)
+
+
+def replicate(model, world):
     """Replicas that average their gradients, where there is more than one process"""
     return DistributedDataParallel(model) if world.size > 1 else model
+
+
+def gradients_travel(model, now):
+    """Whether the next backward pass adds up the gradients of all processes: only the last pass of an update must"""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now
+
+
+def choose_engine(args, world, model):
+    """auto: the first engine whose weights, gradients and AdamW leave a third of the device's memory to activations"""
+    if args.engine != "auto" or world.size == 1:
+        args.engine = "ddp" if args.engine == "auto" else args.engine
+        return
+    if world.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(world.device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    sizes = {engine: sum(bytes_per_gpu(trained, frozen, engine, world.size, world.dtype,
+                                       model.config.num_hidden_layers).values()) for engine in ENGINES}
+    args.engine = next((engine for engine in ENGINES if sizes[engine] < 0.67 * memory), "fsdp")
+    world.say(f"--engine auto: {args.engine} (weights, gradients and AdamW in GB: "
+              + ", ".join(f"{engine} {size / 1e9:.1f}" for engine, size in sizes.items())
+              + f"; a device has {memory / 1e9:.0f})")
+
+
+def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers):
+    """Weights, gradients and AdamW. Trained weights are float32 with a copy in `dtype` for the products; frozen ones
+    are `dtype`. zero: gradients, AdamW and the float32 weights in shares, the copies whole; fsdp: all in shares, two
+    layers at a time whole."""
+    b = dtype.itemsize
+    copy = b if b < 4 else 0
+    if engine == "ddp":
+        return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * 4, "AdamW": trained * 8}
+    share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
+    return {"frozen": frozen * b * (1 if engine == "zero" else max(share, whole)),
+            "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
+            "AdamW": trained * 8 * share}
+
+
+def whole_weights(model):
+    """The model's tensors, gathered from all processes, on the first one's CPU; the others get nothing"""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def clip(parameters, most):
+    """Scale the gradient down to norm `most`. -> its norm before"""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def total(value, world):
@@ -152,121 +259,20 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-# ---------------------------------------------------------------- checkpoints
-
-class Checkpoints:
-    """`checkpoint-XXXXXX` after that many steps. Written under another name and renamed when it is whole, so that what
-    has the name is complete; the newest that opens is resumed from."""
-
-    OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-
-    def __init__(self, out, keep, world):
-        self.out, self.keep, self.world = Path(out), keep, world
-
-    def newest(self):
-        """-> path of the newest complete checkpoint, or None"""
-        found = [path for path in sorted(self.out.glob("checkpoint-*"), reverse=True) if (path / "done.json").is_file()]
-        return found[0] if found else None
-
-    def save(self, step, models, optimizers, data):
-        final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
-        if self.world.first:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        barrier(self.world)
-        dcp.save(self._state(models, optimizers), checkpoint_id=draft)
-        torch.save(random_state(), draft / f"random-{self.world.rank}.pt")
-        barrier(self.world)
-        if self.world.first:
-            write_json(draft / "done.json", {"step": step, "data": data, "processes": self.world.size})
-            for path in draft.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(draft, final)
-            for old in sorted(self.out.glob("checkpoint-*[0-9]"))[:-self.keep]:
-                shutil.rmtree(old)
-        barrier(self.world)
-
-    def resume(self, wanted, models, optimizers):
-        """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
-        newest = self.newest() if wanted else None
-        if newest is None:
-            return 0, None
-        self.world.say(f"going on from {newest}")
-        return self.load(newest, models, optimizers)
-
-    def load(self, path, models, optimizers):
-        """-> step, place in the data"""
-        done = read_json(path / "done.json")
-        state = self._state(models, optimizers)
-        dcp.load(state, checkpoint_id=path)
-        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-            answer = set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
-                                    optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)
-            lost = {name for name, p in model.named_parameters() if p.requires_grad} & set(answer.missing_keys)
-            if lost or answer.unexpected_keys:            # frozen weights are not in it, all others must be
-                raise UserError(f"{path} is of another model: missing {some(lost)}, unknown "
-                                f"{some(answer.unexpected_keys)}")
-        mine = path / f"random-{self.world.rank}.pt"
-        if done["processes"] == self.world.size and mine.is_file():
-            set_random_state(torch.load(mine, weights_only=False))
-        else:
-            self.world.say(f"{path} was written by {done['processes']} processes, these are {self.world.size}: random "
-                           "states are new, weights, optimizer and place in the data go on")
-        return done["step"], done["data"]
-
-    def _state(self, models, optimizers):
-        state = {}
-        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-            state[f"model{i}"], state[f"optimizer{i}"] = get_state_dict(model, optimizer, options=self.OPTIONS)
-        return state
-
-
-def barrier(world):
-    if world.size > 1:
-        dist.barrier()
-
-
-def random_state():
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# ---------------------------------------------------------------- the end, wanted or not; the log
-
-class Stop:
-    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; all processes agree on it."""
-
-    def __init__(self, world):
-        self.world, self.asked = world, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            sys.exit(130)                                 # asked twice: at once
-        self.asked = True
-
-    def __call__(self):
-        asked = torch.tensor(float(self.asked), device=self.world.device)
-        return bool(total(asked, self.world) > 0)
-
+# ---------------------------------------------------------------- the log
 
 class Log:
-    """One line a step on the screen, the same as JSON in log.jsonl"""
+    """One line for every tenth step on the screen, every step as JSON in log.jsonl"""
 
-    def __init__(self, out, steps, world):
-        self.world, self.steps, self.began, self.first_step = world, steps, time.time(), None
+    def __init__(self, out, args, world):
+        self.world, self.steps, self.began, self.first_step, self.board = world, args.steps, time.time(), None, None
         self.path = Path(out) / "log.jsonl"
+        if args.tensorboard and world.first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: that package is not here; pip install tensorboard") from None
+            self.board = SummaryWriter(out)
 
     def __call__(self, step, numbers, every=10):
         if not self.world.first:
@@ -274,11 +280,55 @@ class Log:
         self.first_step = step if self.first_step is None else self.first_step
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in numbers.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
         if step % every == 0 or step == self.steps:
             done = max(1, step - self.first_step)
             left = (time.time() - self.began) / done * (self.steps - step)
-            words = " ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+            words = " ".join(f"{name} {value:.4g}" for name, value in numbers.items()
+                             if isinstance(value, (int, float)))
             print(f"step {step}/{self.steps} {words} | {clock(left)} left", flush=True)
+
+
+def memory(world):
+    """GB of the device, the most so far; of a CPU's process, now"""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except OSError:
+        return None
+
+
+def peak(args, world):
+    """FLOP/s that the device could reach, given or by its name; None where unknown"""
+    if args.peak or world.device.type != "cuda":
+        return args.peak and args.peak * 1e12
+    name = torch.cuda.get_device_name(world.device)
+    return next((tera * 1e12 for key, tera in PEAKS.items() if key in name), None)
+
+
+class BadSamples:
+    """Counts by cause, the names in bad_samples.jsonl; too many end the run"""
+
+    def __init__(self, out, most):
+        self.path, self.most, self.seen, self.bad = Path(out) / "bad_samples.jsonl", most, 0, 0
+        self.causes = Counter()
+
+    def __call__(self, step, batches, samples, bad):
+        """batches: this process's; samples, bad: the counts over all processes"""
+        listed = [entry for batch in batches for entry in batch.listed]
+        if listed:
+            self.causes.update(cause for cause, _ in listed)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps({"step": step, "cause": cause, "name": name}) + "\n"
+                                   for cause, name in listed))
+        self.seen, self.bad = self.seen + samples + bad, self.bad + bad
+        if self.bad > max(20, self.most * self.seen):
+            raise UserError(f"{self.bad} of {self.seen} samples cannot be used, more than --max-bad {self.most:g}: "
+                            + ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common()) + f". {self.path} "
+                            "lists them; python data.py FILE... looks at the rest")
 
 
 def clock(seconds):

@@ -130,6 +130,11 @@ class Attention(nn.Module):
             if not self.config.use_bridge:
                 break                                     # one view serves both
         mask = None
+        if self.config.use_bridge and len(views) == 1 and torch.is_grad_enabled():
+            asking = next(iter(views))                    # no query looks over the other bridge: its gradient is zero,
+            on = ("language", "vision")[asking]           # not none, so that all processes have the same ones
+            k_bridge, v_bridge = (getattr(self, f"vision_{y}_bridge_on_{on}") for y in "kv")
+            q = q + 0 * (k_bridge(x[asking][:0]).sum() + v_bridge(x[asking][:0]).sum())
         if cache is not None:
             views, mask = cache.put(layer, views)
         if self.record is None:
@@ -338,11 +343,6 @@ class Libra(nn.Module):
                                   for k, head in enumerate(self.vision_lm_head.heads)])
         rows = streams.text_rows
         text_loss = F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum")
-        if self.config.use_bridge and len(streams.modalities()) == 1:      # no one asks over the bridge: gradient zero,
-            for block in self.model.layers:                                # not none, so that all ranks stay in step
-                a = block.self_attn
-                for bridge in (a.vision_k_bridge_on_language, a.vision_v_bridge_on_language):
-                    text_loss = text_loss + 0 * (bridge.weight_A.sum() + bridge.weight_B.sum())
         return text_loss, image_loss
 
     def loss(self, streams, signal=None):
@@ -397,11 +397,12 @@ class Libra(nn.Module):
         model.tokenizers = tokenizers
         return model.to(device)
 
-    def save_pretrained(self, folder):
-        """A model folder: config.json, model.safetensors, tokenizer.model, image_tokenizer/"""
+    def save_pretrained(self, folder, tensors=None):
+        """A model folder: config.json, model.safetensors, tokenizer.model, image_tokenizer/. tensors: the weights to
+        write, where they are not those of this process"""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.state_dict()
+        tensors = dict(tensors or self.state_dict())
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         save_tensors(folder / "model.safetensors", tensors)

@@ -9,11 +9,12 @@ The objective is next-token prediction over image ids and text alike (Eq. 6).
 import argparse
 import itertools
 import time
-from collections import Counter
 
 import torch
 
 import engine
+import plan
+from checkpoints import Checkpoints, Stop
 from data import Recipe, expand, loader, open_source
 from engine import TOY, need
 from model import Libra
@@ -23,9 +24,9 @@ from weights import UserError
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     g = parser.add_argument_group("what is trained, on what")
-    g.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="Hugging Face LLaMA folder")
-    g.add_argument("--image-tokenizer", metavar="DIR", default=TOY / "tokenizer",
-                   help="folder of train_tokenizer.py, or libra-vision-tokenizer")
+    g.add_argument("--llm", metavar="DIR", help=f"Hugging Face LLaMA folder; None: {TOY}/llama")
+    g.add_argument("--image-tokenizer", metavar="DIR",
+                   help=f"folder of train_tokenizer.py, or libra-vision-tokenizer; None: {TOY}/tokenizer")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
                    help="img2dataset shards ('{00000..07776}.tar', globs) and COCO Karpathy JSON")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
@@ -34,19 +35,22 @@ def options():
     g.add_argument("--text-to-image", type=float, default=0.0, metavar="SHARE",
                    help="share of samples with the caption before the image and E_c zeroed (Sec. 4.3)")
     g.add_argument("--no-caption-end", action="store_true", help="no </s> behind captions, as in the authors' release")
-    engine.add_options(parser, steps=40_000, warmup=2000, batch=1280, lr=1e-4)
+    engine.add_options(parser, steps=40_000, warmup=2000, batch=1280, lr=1e-4, text_tokens=50)
     parser.set_defaults(out=str(TOY / "pretrain"))
     g = parser.add_argument_group("the visual part")
     g.add_argument("--vision-down-ratio", type=int, default=4, help="rank of expert matrices: output / this")
-    g.add_argument("--bridge-rank", type=int, default=8, help="torch device")
+    g.add_argument("--bridge-rank", type=int, default=8, help="rank of the cross-modal bridge (Eq. 5)")
     return parser
 
 
 def main():
     args = options().parse_args()
-    world = engine.start(args)
     sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank}
-    model = Libra.from_pretrained(need(args.llm), need(args.image_tokenizer), torch.float32, world.device, **sizes)
+    if args.plan:
+        return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer, **sizes), "pretrain")
+    world = engine.start(args)
+    model = Libra.from_pretrained(need(args.llm or TOY / "llama"), need(args.image_tokenizer or TOY / "tokenizer"),
+                                  **sizes)
     for module in model.llama():
         module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
@@ -56,59 +60,82 @@ def main():
 
 def train(args, world, model, recipe):
     """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
+    engine.choose_engine(args, world, model)
     out = engine.save_recipe(args, world)
-    wrapped, optimizer = engine.wrap(model, world), engine.adamw(model.parameters(), args)
-    checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
-    stop = engine.Stop(world)
+    wrapped = engine.distribute(model, model.model.layers, args, world)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = engine.adamw(trained, args)
+    checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
+    bad, peak, flops = engine.BadSamples(out, args.max_bad), engine.peak(args, world), plan.flops_of(
+        model, model.tokenizers.image.config)
     start, state = checkpoints.resume(args.resume, [model], [optimizer])
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    batches, passes, skipped = iter(batches), args.batch // args.micro_batch // world.size, Counter()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    batches, passes = iter(batches), args.batch // args.micro_batch // world.size
     world.say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights learn, "
-              f"{passes} passes of {args.micro_batch} samples on {world.size} processes")
-    for step in range(start, args.steps):
+              f"{passes} passes of {args.micro_batch} samples on {world.size} processes, engine {args.engine}")
+    for step in range(start, start if args.export else args.steps):
         clock = time.perf_counter()
         micro = [batch.to(world.device) for batch in itertools.islice(batches, passes)]
         waited = time.perf_counter() - clock
-        counts = torch.tensor([[len(b.streams.text_rows), len(b.streams.image_rows), len(b.names),
-                                len(b.streams.text_ids) + len(b.streams.image_ids)] for b in micro])
-        counts = engine.total(counts.sum(0).to(world.device), world)
-        sums = torch.zeros(2, device=world.device)
-        for number, batch in enumerate(micro):
-            last = number == passes - 1
-            with world.autocast(), (wrapped.no_sync() if world.size > 1 and not last else engine.nullcontext()):
-                text, image = losses(wrapped, model.tokenizers.image, batch)
-                loss = (text + image.mean()) / counts[:2].sum()                               # Eq. 6
-                (loss * world.size).backward()            # replicas average their gradients; the loss is a sum
-            sums += torch.stack([text.detach(), image.detach().mean()])
-            skipped += batch.bad
-        for group in optimizer.param_groups:
-            group["lr"] = engine.learning_rate(step, args)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm)
-        sums = engine.total(sums, world)
-        if not torch.isfinite(norm) or not torch.isfinite(sums).all():
-            checkpoints.save(step, [model], [optimizer], order.state_after(step - start))
+        try:
+            numbers, counts = update(args, world, step, model, wrapped, optimizer, trained, micro)
+        except FloatingPointError:
+            checkpoints.save(step, [model], [optimizer], order.state_after(step - start), wait=True)
             names = ", ".join(name for batch in micro for name in batch.names)
-            raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update. In it: {names}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        text, image, samples, tokens = (sums / counts[:2].clamp(min=1)).tolist() + counts[2:].tolist()
-        seconds = time.perf_counter() - clock
-        log(step + 1, {"loss": float(sums.sum() / counts[:2].sum()), "text": text, "image": image,
-                       "lr": optimizer.param_groups[0]["lr"], "norm": float(norm), "tokens/s": tokens / seconds,
-                       "samples/s": samples / seconds, "wait": waited, "skipped": sum(skipped.values())})
-        ended = stop()
+            raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update, in {out}. "
+                            f"In the batch: {names}") from None
+        bad(step + 1, micro, counts["samples"], counts["bad"])
+        ended, saved = stop(), 0.0
         if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            checkpoints.save(step + 1, [model], [optimizer], order.state_after(step + 1 - start))
+            saved = checkpoints.save(step + 1, [model], [optimizer], order.state_after(step + 1 - start), wait=ended)
+        checkpoints.poll()
+        seconds = time.perf_counter() - clock
+        log(step + 1, numbers | {
+            "tokens/s": counts["tokens"] / seconds, "images/s": counts["images"] / seconds,
+            "peak": peak and sum(flops(counts).values()) / seconds / peak / world.size, "memory": engine.memory(world),
+            "wait": waited, "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
         if ended:
-            world.say(f"stopped after step {step + 1}; --resume goes on")
-            return
+            return world.say(f"stopped after step {step + 1}; --resume goes on")
+    checkpoints.finish()
+    tensors = engine.whole_weights(model)
     if world.first:
-        model.save_pretrained(out)
+        model.save_pretrained(out, {name: tensor.to(world.dtype) for name, tensor in tensors.items()})
     world.say(f"{out} is a model folder")
     engine.barrier(world)
+
+
+COUNTS = ("text_targets", "image_targets", "samples", "bad", "images", "text", "image", "tokens", "squares")
+
+
+def update(args, world, step, model, wrapped, optimizer, trained, micro):
+    """One step: every pass's share of the global batch's loss, one update. -> numbers for the log, global counts"""
+    counts = torch.tensor([[len(b.streams.text_rows), len(b.streams.image_rows), len(b.names), len(b.listed),
+                            len(b.pixels), len(b.streams.text_ids), len(b.streams.image_ids), sum(b.streams.lengths),
+                            sum(n * n for n in b.streams.lengths)] for b in micro], dtype=torch.float64)
+    counts = engine.total(counts.sum(0).to(world.device), world)
+    sums = torch.zeros(2, device=world.device)
+    for number, batch in enumerate(micro):
+        engine.gradients_travel(wrapped, number == len(micro) - 1)
+        with world.autocast():
+            text, image = losses(wrapped, model.tokenizers.image, batch)
+            loss = (text + image.mean()) / counts[:2].sum()                                   # Eq. 6
+        (loss * world.size).backward()                    # the engines average over processes; the loss is a sum
+        sums += torch.stack([text.detach(), image.detach().mean()])
+    for group in optimizer.param_groups:
+        group["lr"] = engine.learning_rate(step, args)
+    norm = engine.clip(trained, args.clip_norm)
+    sums = engine.total(sums, world)
+    if not torch.isfinite(norm) or not torch.isfinite(sums).all():
+        raise FloatingPointError
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    text, image = (sums / counts[:2].clamp(min=1)).tolist()
+    counts = dict(zip(COUNTS, counts.long().tolist()))
+    loss = float(sums.sum()) / max(1, counts["text_targets"] + counts["image_targets"])
+    return {"loss": loss, "text": text, "image": image, "lr": optimizer.param_groups[0]["lr"],
+            "norm": float(norm)}, counts
 
 
 def losses(model, tokenizer, batch):

@@ -1,12 +1,14 @@
 """The toy world's report: every number of a finished demo as JSON, and a picture of what the model can do.
 
     python report.py                      # reads runs/toy, writes runs/toy/report.json and runs/toy/report.png
+    python report.py --mean runs/toy runs/toy/seed1 runs/toy/seed2          # finished reports: mean and spread
 
 Numbers: questions by kind and by number of objects with blind baselines, captions, drawings, completions and
-reconstructions judged by the world's own detector.
+reconstructions judged by the world's own detector; and what each of them should reach.
 """
 import argparse
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from generate import complete, draw
 from generation import see
 from model import Libra
 from tokenizer import open_image, prepare, to_picture, to_rgb
-from toy import COLOURS, DESCRIBE, SHAPES, SIDE, SIZES, UNSEEN, detect, full_caption, render, scenes
-from weights import read_json, write_json
+from weights import read_folder, read_json, write_json
+from world import COLOURS, DESCRIBE, KINDS, SHAPES, SIDE, SIZES, UNSEEN, detect, full_caption, render, scenes
 
 
 def questions(model, folder, limit):
@@ -45,6 +47,19 @@ def questions(model, folder, limit):
     pope = evaluate(model, "pope", folder / "held_out_pope.json", folder / "images", batch=64, limit=limit)
     results["existence"] = {"f1": pope["score"], **pope["parts"]}
     return results, given
+
+
+def foreign(model, folder):
+    """Pictures of the same kind by another renderer -> right answers, questions, what it said"""
+    result = evaluate(model, "vqa", folder / "questions.json", folder / "images", folder / "annotations.json")
+    return {"right": round(result["score"] * result["answered"]), "asked": result["answered"],
+            "answers": [item["answer"] for item in result["answers"]]}
+
+
+def frozen(llama, model):
+    """Is every tensor of the LLaMA folder in the pretrained model, bit for bit?"""
+    weights = model.state_dict()
+    return all(torch.equal(weights[name], tensor) for name, tensor in read_folder(llama).items())
 
 
 def captions(base, tuned, folder, limit):
@@ -79,7 +94,7 @@ def reconstructions(model, count, seed):
     report = {f"{name}_{what}": hits[f"{name} {what}"] / hits[f"{name} all"]
               for name in ("true", "drawn") for what in ("size", "colour", "shape")}
     return report | {"psnr": float(10 * torch.log10(4 / torch.tensor(errors)).mean()),
-                     "codes_used": (used > 0).float().mean(1).tolist(),
+                     "codes": tokenizer.config.codebook_size, "codes_used": (used > 0).float().mean(1).tolist(),
                      "perplexity": torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1)).tolist()}
 
 
@@ -119,6 +134,38 @@ def completions(model, count, seed):
     return {"cells": good["cells"] / (2 * count), "pictures": good["pictures"] / count}, shown
 
 
+def bars(n):
+    """numbers of the report -> [(what, value, what it should reach)]"""
+    held, parts = n["questions"]["held_out"], n["questions"]["held_out"]["parts"]
+    kinds = [(f"questions: {kind}", parts[kind], 0.75 if kind in ("where", "what", "relation") else 0.85)
+             for kind in KINDS if kind in parts]
+    drawn, seen = n["drawing"], n["reconstruction"]
+    table = [("questions, 1 object", parts["1"], 0.95), ("questions, 2 objects", parts["2"], 0.95),
+             ("questions, 3 objects", parts["3"], 0.85), *kinds,
+             ("existence, F1", n["questions"]["existence"]["f1"], 0.9),
+             ("questions on unseen pairs", n["questions"]["unseen_pair"]["score"], 0.6),
+             ("loss of right answers, another picture shown",
+              held["score"] - n["questions"]["held_out_swapped"]["score"], 0.35),
+             ("captions wholly true, pretrained", n["captions"]["pretrained"]["true"], 0.8),
+             ("captions wholly true, tuned", n["captions"]["tuned"]["true"], 0.9),
+             ("reconstruction, PSNR (dB)", seen["psnr"], 25),
+             ("reconstruction, colour survives", seen["drawn_colour"], 0.99),
+             ("reconstruction, shape survives", seen["drawn_shape"], 0.95),
+             ("codes in use, share, lesser codebook", min(seen["codes_used"]), 1.0),
+             ("perplexity, share of codes, lesser codebook", min(seen["perplexity"]) / seen["codes"], 0.5),
+             ("drawing, colour and shape", drawn["colour_shape"], 0.7), ("drawing, colour", drawn["colour"], 0.9),
+             ("completion, lower cells valid", n["completion"]["cells"], 0.6),
+             ("another renderer's pictures, right of 20", n["foreign"]["right"], 16),
+             ("LLaMA bit-equal after pretraining", float(n["llama_frozen"]), 1.0)]
+    if n["minutes"]:
+        table.append(("minutes of make demo (at most 45)", n["minutes"], 45))
+    return table
+
+
+def reached(what, value, bar):
+    return value <= bar if "at most" in what else value >= bar
+
+
 # ---------------------------------------------------------------- the picture
 
 INK, GREY, RIGHT, WRONG = (30, 30, 30), (120, 120, 120), (20, 120, 50), (190, 40, 30)
@@ -156,7 +203,7 @@ class Page:
         self.write(x + 6, y + high + 4, f"{name}: {values[0]:.3g} to {values[-1]:.3g}", 13, GREY)
 
 
-def paint(page, root, tuned, given, drawn, completed, seed):
+def paint(page, root, models, tuned, given, drawn, completed, seed):
     eval_folder = root / "eval"
     truth = {t["question_id"]: t for t in read_json(eval_folder / "held_out_annotations.json")["annotations"]}
     asked = {q["question_id"]: q for q in read_json(eval_folder / "held_out_questions.json")["questions"]}
@@ -195,7 +242,8 @@ def paint(page, root, tuned, given, drawn, completed, seed):
     curves = [("tokenizer", "psnr", "image tokenizer, PSNR (dB)"), ("pretrain", "image", "pretraining, image loss"),
               ("pretrain", "text", "pretraining, text loss"), ("sft", "loss", "instruction tuning, answer loss")]
     for n, (folder, key, name) in enumerate(curves):
-        lines = [json.loads(line) for line in (root / folder / "log.jsonl").read_text().splitlines()]
+        path = (root if folder == "tokenizer" else models) / folder / "log.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
         page.curve(24 + n % 2 * 580, page.y + n // 2 * 150, [line[key] for line in lines], name, 540)
     page.y += 320
 
@@ -209,29 +257,51 @@ def wrap(words, width):
     return lines
 
 
+def mean(folders):
+    """Print the bars of several finished reports, mean and spread; keep them in the first folder's seeds.json"""
+    rows, kept = [bars(read_json(need(folder / "report.json"))) for folder in folders], {}
+    for same in zip(*rows):
+        what, values, bar = same[0][0], [value for _, value, _ in same], same[0][2]
+        kept[what] = {"mean": sum(values) / len(values), "values": values, "bar": bar}
+        print(f"{what:48} {kept[what]['mean']:7.3f}   {min(values):.3f} to {max(values):.3f}   bar {bar}")
+    write_json(folders[0] / "seeds.json", kept)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     parser.add_argument("--toy", type=Path, default=Path("runs/toy"), help="folder of a finished demo")
+    parser.add_argument("--models", type=Path, help="where pretrain/ and sft/ are and the report goes; None: --toy")
     parser.add_argument("--limit", type=int, default=0, help="first N questions, captions and drawings only; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and drawings")
+    parser.add_argument("--began", type=float, default=0, help="when the demo began, seconds since 1970")
+    parser.add_argument("--mean", type=Path, nargs="+", metavar="DIR",
+                        help="put these folders' reports together, no more")
     args = parser.parse_args()
-    root, many = args.toy, args.limit or 200
-    base, tuned = (Libra.from_pretrained(need(root / name)).eval() for name in ("pretrain", "sft"))
-    numbers = {}
+    if args.mean:
+        return mean(args.mean)
+    root, models, many = args.toy, args.models or args.toy, args.limit or 200
+    base, tuned = (Libra.from_pretrained(need(models / name)).eval() for name in ("pretrain", "sft"))
+    numbers = {"llama_frozen": frozen(root / "llama", base)}
     numbers["questions"], given = questions(tuned, root / "eval", args.limit)
+    numbers["foreign"] = foreign(tuned, root / "foreign")
     numbers["captions"] = captions(base, tuned, root / "eval", args.limit or 600)
-    numbers["reconstruction"] = reconstructions(base, max(50, many), args.seed)
+    numbers["reconstruction"] = reconstructions(base, max(50, 10 * args.limit or 2000), args.seed)
     numbers["drawing"], drawn = drawings(base, many, args.seed)
     numbers["completion"], completed = completions(base, max(50, many // 2), args.seed)
-    write_json(root / "report.json", numbers)
+    numbers["minutes"] = (time.time() - args.began) / 60 if args.began else None
     page = Page()
     right, blind = (numbers["questions"][name]["score"] for name in ("held_out", "held_out_swapped"))
     page.title("Libra on the toy world", f"{right:.0%} of the answers right on held-out scenes, {blind:.0%} when shown "
                "another picture")
-    paint(page, root, tuned, given, drawn, completed, args.seed)
-    page.image.crop((0, 0, page.image.width, page.y)).save(root / "report.png")
-    print(json.dumps(numbers, indent=2))
-    print(f"{root}/report.json, {root}/report.png")
+    paint(page, root, models, tuned, given, drawn, completed, args.seed)
+    table = bars(numbers)
+    numbers["bars"] = [{"what": what, "value": value, "bar": bar, "reached": reached(what, value, bar)}
+                       for what, value, bar in table]
+    write_json(models / "report.json", numbers)
+    page.image.crop((0, 0, page.image.width, page.y)).save(models / "report.png")
+    for row in table:
+        print(f"{row[0]:48} {row[1]:7.3f}   {'reaches' if reached(*row) else 'MISSES'} {row[2]}")
+    print(f"{models}/report.json, {models}/report.png")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ Only answers with their </s> count in the loss (Eq. 7, 8).
 """
 import argparse
 
-import torch
-
 import engine
+import plan
 from data import Recipe
 from engine import TOY, need
 from model import Libra
@@ -19,21 +18,23 @@ from pretrain import train
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     g = parser.add_argument_group("what is trained, on what")
-    g.add_argument("--model", metavar="DIR", default=TOY / "pretrain",
-                   help="model folder of pretrain.py, or libra-11b-base")
+    g.add_argument("--model", metavar="DIR",
+                   help=f"model folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "chats/chat.json")], help="LLaVA JSON files")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what their image paths are relative to")
     g.add_argument("--max-length", type=int, default=2048, help="tokens of a sample; longer ones are cut at the right")
-    engine.add_options(parser, steps=7000, warmup=300, batch=128, lr=2e-5)
+    engine.add_options(parser, steps=7000, warmup=300, batch=128, lr=2e-5, text_tokens=300)
     parser.set_defaults(out=str(TOY / "sft"))
     return parser
 
 
 def main():
     args = options().parse_args()
+    if args.plan:
+        return plan.show(args, *plan.sizes(args.model, args.model), "sft")
     world = engine.start(args)
-    model = Libra.from_pretrained(need(args.model), dtype=torch.float32, device=world.device)
+    model = Libra.from_pretrained(need(args.model or TOY / "pretrain"))
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
                     args.seed)
     train(args, world, model, recipe)

@@ -180,8 +180,38 @@ class LFQ(nn.Module):
         bits = (ids[..., None] & self._powers(ids.device)) > 0
         return torch.where(bits, 1.0, -1.0).flatten(-2).to(self.project_out.weight.dtype)
 
+    def vectors(self, ids):
+        """ids (..., K) -> what the decoder reads (..., dim)"""
+        return self.project_out(self.codes(ids))
+
     def _powers(self, device):
         return 2 ** torch.arange(self.bits - 1, -1, -1, device=device)                        # most significant first
+
+
+class VQ(nn.Module):
+    """What LFQ replaced: K learned tables of N vectors, each for its share of the dimensions; the nearest is the code.
+    The paper's failing baseline (Fig. 2), here to compare with."""
+
+    def __init__(self, dim, codebook_size, num_codebooks):
+        super().__init__()
+        shape = (num_codebooks, codebook_size, dim // num_codebooks)
+        self.tables = nn.Parameter(torch.empty(shape).uniform_(-1 / codebook_size, 1 / codebook_size))
+
+    def forward(self, x):
+        """As LFQ; projected is (B, G, G, dim), x itself"""
+        projected = x.permute(0, 2, 3, 1)
+        parts = projected.unflatten(-1, (len(self.tables), -1))                               # (B, G, G, K, dim / K)
+        product = torch.einsum("...kd,knd->...kn", parts, self.tables)
+        ids = (self.tables.square().sum(-1) - 2 * product).argmin(-1)
+        code = projected + (self.vectors(ids) - projected).detach()                           # straight-through
+        return code.permute(0, 3, 1, 2), ids, projected
+
+    def vectors(self, ids):
+        """ids (..., K) -> what the decoder reads (..., dim)"""
+        return torch.cat([table[ids[..., k]] for k, table in enumerate(self.tables)], dim=-1)
+
+
+QUANTIZERS = {"lfq": LFQ, "vq": VQ}
 
 
 # ---------------------------------------------------------------- VQGAN decoder
@@ -276,6 +306,7 @@ class ImageTokenizerConfig:
     num_res_blocks: int = 2
     attn_resolutions: tuple = (24,)
     num_attn_heads: int = 8
+    quantizer: str = "lfq"
 
     def __post_init__(self):
         check_types(self, "image tokenizer")
@@ -288,7 +319,11 @@ class ImageTokenizerConfig:
         if not self.select_layers or not all(0 <= i <= self.clip["num_hidden_layers"] for i in self.select_layers):
             raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has the states 0 "
                             f"(its embedding) to {self.clip['num_hidden_layers']} (its last layer)")
-        for whole, part, why in ((self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
+        if self.quantizer not in QUANTIZERS:
+            raise UserError(f"image tokenizer: quantizer is {self.quantizer!r}, expected one of {list(QUANTIZERS)}")
+        tables = self.num_codebooks if self.quantizer == "vq" else 1
+        for whole, part, why in ((self.embed_dim, tables, "codebooks of VQ"),
+                                 (self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
                                  (self.ch, 32, "group norms of 32 channels"),
                                  (self.ch * self.ch_mult[-1], self.num_attn_heads, "heads of the decoder")):
             if whole % part:
@@ -307,7 +342,7 @@ class ImageTokenizer(nn.Module):
         c = self.config = config
         self.encoder = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
         self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
-        self.quantize = LFQ(c.embed_dim, c.codebook_size, c.num_codebooks)
+        self.quantize = QUANTIZERS[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
         self.decoder = Decoder(c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.z_channels, c.grid,
                                c.resolution, c.num_attn_heads)
@@ -338,7 +373,7 @@ class ImageTokenizer(nn.Module):
         if ids.min() < 0 or ids.max() >= self.config.codebook_size:
             raise UserError(f"image ids run from {ids.min()} to {ids.max()}, expected 0 to "
                             f"{self.config.codebook_size - 1}: BOI and EOI are no codes")
-        z = self.quantize.project_out(self.quantize.codes(ids)).transpose(1, 2)
+        z = self.quantize.vectors(ids).transpose(1, 2)
         return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, self.config.grid))))
 
     @classmethod

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import engine
+from checkpoints import Checkpoints, Stop
 from data import Pictures, expand, loader, open_source
 from engine import TOY, need
 from tokenizer import ImageTokenizer, ImageTokenizerConfig, read_clip_sizes, read_clip_weights, to_picture, to_rgb
@@ -46,6 +47,12 @@ def lfq_loss(projected, codebook_size, gamma=2.5, entropy_weight=0.1, commitment
     commitment = F.mse_loss(x, torch.where(x > 0, 1.0, -1.0))
     loss = entropy_weight * (per_sample - gamma * batch) + commitment_weight * commitment
     return {"loss": loss, "per_sample_entropy": per_sample, "batch_entropy": batch, "commitment": commitment}
+
+
+def vq_loss(projected, vectors, commitment_weight=0.25):
+    """projected (B, G, G, dim) and the table's vectors for it: each is drawn to the other"""
+    table, commitment = F.mse_loss(vectors, projected.detach()), F.mse_loss(projected, vectors.detach())
+    return {"loss": table + commitment_weight * commitment, "commitment": commitment}
 
 
 class Discriminator(nn.Module):
@@ -144,6 +151,8 @@ def options():
     for name in NUMBERS:
         option = "--" + name.replace("_", "-")
         g.add_argument(option, type=int, default=published[name], help="see tokenizer.py")
+    g.add_argument("--quantizer", choices=("lfq", "vq"), default=published["quantizer"],
+                   help="vq: learned tables, the baseline that fails in Fig. 2")
     for name in LISTS:
         g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=published[name],
                        help="see tokenizer.py")
@@ -152,8 +161,11 @@ def options():
     g.add_argument("--disc-weight", type=float, default=0.8, help="of the adversarial loss, times its adaptive weight")
     g.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS")
     g.add_argument("--entropy-weight", type=float, default=0.1, help="of the entropy losses")
+    g.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
+                   help="keep this running mean of the weights and save it instead of the last ones; 0: do not")
     g.add_argument("--sample-every", type=int, default=1000, metavar="N", help="steps between pictures in samples/")
-    engine.add_options(parser, steps=200_000, warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0)
+    engine.add_options(parser, steps=200_000, warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0,
+                       engines=False)
     parser.set_defaults(out=str(TOY / "tokenizer"))
     return parser
 
@@ -163,7 +175,7 @@ def new_tokenizer(args):
     sizes = read_clip_sizes(need(args.encoder))
     tokenizer = ImageTokenizer(ImageTokenizerConfig(
         clip=sizes, resolution=sizes["image_size"], grid=sizes["image_size"] // sizes["patch_size"],
-        **{name: getattr(args, name) for name in NUMBERS + LISTS}))
+        **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer")}))
     with torch.device("meta"):
         tokenizer.encoder.vision_tower.vision_model = type(tokenizer.clip)(**sizes)
     assign(tokenizer.clip, read_clip_weights(args.encoder, torch.float32), args.encoder)
@@ -173,12 +185,30 @@ def new_tokenizer(args):
 
 class Trained(nn.Module):
     """What a step runs, in one module: replicas synchronise what passes through forward. `used` (K, N) counts the codes
-    of about the last 50 batches."""
+    of about the last 50 batches; `mean0`, `mean1`... are the running means of --ema."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, entropy_weight, ema):
         super().__init__()
-        c, self.tokenizer = tokenizer.config, tokenizer
+        c, self.tokenizer, self.entropy_weight, self.ema = tokenizer.config, tokenizer, entropy_weight, ema
         self.register_buffer("used", torch.zeros(c.num_codebooks, c.codebook_size))
+        for i, p in enumerate(self.learning if ema else []):
+            self.register_buffer(f"mean{i}", p.detach().clone())
+
+    @property
+    def learning(self):
+        return [p for p in self.tokenizer.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def average(self, step):
+        """After an update; early means are short"""
+        decay = min(self.ema, (1 + step) / (10 + step))
+        for i, p in enumerate(self.learning if self.ema else []):
+            getattr(self, f"mean{i}").lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self):
+        for i, p in enumerate(self.learning if self.ema else []):
+            p.copy_(getattr(self, f"mean{i}"))
 
     @torch.no_grad()
     def count(self, ids):
@@ -191,8 +221,13 @@ class Trained(nn.Module):
         return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
 
     def forward(self, signal):
+        """E_c -> reconstruction (B, 3, R, R), ids, the quantizer's losses"""
+        c, quantize = self.tokenizer.config, self.tokenizer.quantize
         quantized, ids, projected = self.tokenizer.quantized(signal)
-        return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, projected
+        with torch.autocast(projected.device.type, enabled=False):        # 100 times a square: no place for bfloat16
+            losses = (lfq_loss(projected, c.codebook_size, entropy_weight=self.entropy_weight)
+                      if c.quantizer == "lfq" else vq_loss(projected.float(), quantize.vectors(ids)))
+        return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, losses
 
 
 def main():
@@ -209,34 +244,40 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
     out = engine.save_recipe(args, world)
     (out / "samples").mkdir(exist_ok=True)
-    models = [Trained(tokenizer).to(world.device), discriminator]
-    wrapped, wrapped_disc = (engine.wrap(model, world) for model in models)
+    models = [Trained(tokenizer, args.entropy_weight, args.ema).to(world.device), discriminator]
+    wrapped, wrapped_disc = (engine.replicate(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
-    checkpoints, log = engine.Checkpoints(out, args.keep, world), engine.Log(out, args.steps, world)
-    stop = engine.Stop(world)
+    checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
+    bad = engine.BadSamples(out, args.max_bad)
     start, state = checkpoints.resume(args.resume, models, optimizers)
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    for step, batch in zip(range(start, args.steps), batches):
+    for step, batch in zip(range(start, start if args.export else args.steps), batches):
         clock = time.perf_counter()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = engine.learning_rate(step, args)
         pixels = batch.pixels.to(world.device, non_blocking=True)
         numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
-        numbers |= models[0].count(ids) | {"lr": optimizers[0].param_groups[0]["lr"],
-                                           "samples/s": args.batch / (time.perf_counter() - clock)}
-        log(step + 1, numbers)
+        numbers |= models[0].count(ids)
+        models[0].average(step)
+        samples = engine.total(torch.tensor([len(batch.names), len(batch.listed)], device=world.device), world).tolist()
+        bad(step + 1, [batch], *samples)
+        ended, saved = stop(), 0.0
+        if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            saved = checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start), wait=ended)
+        checkpoints.poll()
+        log(step + 1, numbers | {
+            "lr": optimizers[0].param_groups[0]["lr"], "samples/s": args.batch / (time.perf_counter() - clock),
+            "memory": engine.memory(world), "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
         if world.first and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
             pairs = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(to_rgb(pixels[:8]), xrec[:8])], dim=2)
             to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
-        ended = stop()
-        if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start))
         if ended:
-            world.say(f"stopped after step {step + 1}; --resume goes on")
-            return
+            return world.say(f"stopped after step {step + 1}; --resume goes on")
+    checkpoints.finish()
+    models[0].take_average()
     if world.first:
         tokenizer.save_pretrained(out)
     world.say(f"{out} is an image tokenizer folder")
@@ -249,12 +290,11 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
     with world.autocast():
         with torch.no_grad():
             signal = tokenizer.signal(pixels)
-        xrec, ids, projected = wrapped(signal)
+        xrec, ids, code = wrapped(signal)
     xrec = xrec.float()
     l1 = F.l1_loss(xrec, target)
     nll = l1 + args.perceptual_weight * lpips(xrec, target) if lpips else l1
-    code = lfq_loss(projected, tokenizer.config.codebook_size, entropy_weight=args.entropy_weight)
-    loss, weight, judged = nll + code["loss"], None, None
+    loss, weight, judged = nll + code.pop("loss"), None, None
     if adversarial:
         g_loss = -disc(xrec).mean()
         weight = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
@@ -272,12 +312,8 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
         judged.backward()
         critic.step()
     mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)
-    l1, code = l1.detach(), {name: value.detach() for name, value in code.items()}
-    judged = None if judged is None else judged.detach()
-    return {"l1": float(l1), "psnr": float(10 * torch.log10(4 / mse)), "entropy": float(code["per_sample_entropy"]),
-            "batch_entropy": float(code["batch_entropy"]), "commit": float(code["commitment"]), "norm": float(norm),
-            "disc": None if judged is None else float(judged),
-            "disc_weight": None if weight is None else float(weight)}, ids, xrec.detach()
+    numbers = {"l1": l1, "psnr": 10 * torch.log10(4 / mse), **code, "norm": norm, "disc": judged, "disc_weight": weight}
+    return {name: None if value is None else value.item() for name, value in numbers.items()}, ids, xrec.detach()
 
 
 if __name__ == "__main__":

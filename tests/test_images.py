@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tokenizer import MEAN_COLOUR, ImageTokenizer, open_image, prepare, to_picture, to_rgb
+from train_tokenizer import Trained, vq_loss
 from weights import UserError
 
 
@@ -104,3 +105,37 @@ def test_ids_and_pixels_go_round(tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     half = ImageTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.encode(pixels.bfloat16())[1].dtype == torch.bfloat16
+
+
+def test_a_learned_table_takes_the_nearest_vector(tmp_path):
+    """--quantizer vq, the baseline of Fig. 2: nearest by brute force, gradients pass straight through"""
+    torch.manual_seed(0)
+    tokenizer = tiny.image_tokenizer(quantizer="vq").requires_grad_(True)
+    torch.nn.init.normal_(tokenizer.quantize.tables)
+    x = torch.randn(2, 32, 4, 4, requires_grad=True)
+    quantized, ids, projected = tokenizer.quantize(x)
+    for k, table in enumerate(tokenizer.quantize.tables):
+        parts = x.permute(0, 2, 3, 1)[..., 16 * k:16 * (k + 1)]
+        assert torch.equal(ids[..., k], (parts[..., None, :] - table).norm(dim=-1).argmin(-1))
+        assert torch.allclose(quantized[:, 16 * k:16 * (k + 1)].permute(0, 2, 3, 1), table[ids[..., k]], atol=1e-5)
+    loss = vq_loss(projected, tokenizer.quantize.vectors(ids))
+    (quantized.sum() + loss["loss"]).backward()
+    pull = 2 * 0.25 * (projected - tokenizer.quantize.vectors(ids)).permute(0, 3, 1, 2) / x.numel()
+    assert torch.allclose(x.grad, 1 + pull.detach(), atol=1e-6) and tokenizer.quantize.tables.grad.abs().sum() > 0
+    tokenizer.save_pretrained(tmp_path)
+    again, pixels = ImageTokenizer.from_pretrained(tmp_path), torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.decode(again.encode(pixels)[0]), tokenizer.decode(tokenizer.encode(pixels)[0]))
+
+
+def test_the_running_mean_of_the_weights():
+    tokenizer = tiny.image_tokenizer()
+    tokenizer.requires_grad_(False)
+    weight = tokenizer.quant_conv.weight.requires_grad_()
+    trained, mean = Trained(tokenizer, 0.1, ema=0.5), weight.detach().clone()
+    for step in range(20):
+        weight.data += torch.randn_like(weight)
+        trained.average(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weight.detach()
+    trained.take_average()
+    assert torch.allclose(weight, mean, atol=1e-5)

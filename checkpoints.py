@@ -1,0 +1,190 @@
+"""A run's state on disk: written whole or not at all, while training goes on, readable by any number of processes.
+
+A checkpoint is a folder `checkpoint-XXXXXX` with torch.distributed.checkpoint's files (the weights that learn and
+AdamW's state, in shares), each process's random state, and `done.json`: step, place in the data, and the size of every
+file. It is written under another name, synced to the disk, and renamed; what was cut off has no `done.json`, or other
+sizes. Frozen weights are not in it: they lie in the folders that the recipe names.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from weights import UserError, read_json, some, write_json
+
+FAILURES = (OSError, RuntimeError, CheckpointException)   # torch wraps what the file system says
+
+
+class Checkpoints:
+    """Saving holds up training for a copy in memory; the disk is written behind its back. `poll` each step."""
+
+    OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+    def __init__(self, out, keep, world):
+        self.out, self.keep, self.world, self.pending = Path(out), keep, world, None
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None  # not to mix its talk with training's
+
+    # ------------------------------------------------------------ writing
+
+    def save(self, step, models, optimizers, data, wait=False):
+        """Start writing; the one before is finished first. wait: come back when it is on the disk. -> seconds taken"""
+        began = time.perf_counter()
+        self.finish()
+        final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
+        if self.world.first:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        barrier(self.world)
+        try:
+            torch.save(random_state(), draft / f"random-{self.world.rank}.pt")
+            error = None
+        except FAILURES as failure:
+            error = failure
+        if agreed(error is None, self.world):
+            writing = dcp.async_save(self._state(models, optimizers), checkpoint_id=draft, process_group=self.group)
+            self.pending = writing, draft, final, {"step": step, "data": data, "processes": self.world.size}
+        else:
+            self._lost(draft, error)
+        if wait:
+            self.finish()
+        return time.perf_counter() - began
+
+    def poll(self):
+        """Finish what has been written by all processes; come back at once if it has not."""
+        if self.pending is not None and agreed(self.pending[0].done(), self.world):
+            self.finish()
+
+    def finish(self):
+        """Wait for what is being written, and give it its name. A full disk costs this checkpoint, not the run."""
+        if self.pending is None:
+            return
+        (writing, draft, final, done), self.pending, error = self.pending, None, None
+        try:
+            writing.result()
+        except FAILURES as failure:
+            error = failure
+        if not agreed(error is None, self.world):
+            return self._lost(draft, error)
+        if self.world.first:
+            write_json(draft / "done.json", done | {"files": {p.name: p.stat().st_size for p in draft.iterdir()}})
+            for path in [*draft.iterdir(), draft]:
+                file = os.open(path, os.O_RDONLY)
+                os.fsync(file)
+                os.close(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(draft, final)
+            for old in sorted(self.out.glob("checkpoint-*[0-9]"))[:-self.keep]:
+                shutil.rmtree(old)
+        barrier(self.world)
+
+    def _lost(self, draft, error):
+        print(f"WARNING: {draft.stem} could not be written ({str(error or 'by another process')[-200:]}); the one "
+              "before stays, the next is tried at its time. Is the disk full?", file=sys.stderr, flush=True)
+        if self.world.first:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    # ------------------------------------------------------------ reading
+
+    def newest(self):
+        """-> path of the newest complete checkpoint, or None"""
+        for path in sorted(self.out.glob("checkpoint-*[0-9]"), reverse=True):
+            try:
+                files = json.loads((path / "done.json").read_text())["files"]
+            except (OSError, ValueError, KeyError):
+                continue
+            if all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items()):
+                return path
+        return None
+
+    def resume(self, wanted, models, optimizers):
+        """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
+        newest = self.newest() if wanted else None
+        if newest is None:
+            if any(self.out.glob("checkpoint-*[0-9]")):
+                raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
+                                + ": --resume goes on with it, another --out begins anew, or remove them")
+            return 0, None
+        self.world.say(f"going on from {newest}")
+        return self.load(newest, models, optimizers)
+
+    def load(self, path, models, optimizers):
+        """-> step, place in the data"""
+        done = read_json(path / "done.json")
+        state = self._state(models, optimizers)
+        dcp.load(state, checkpoint_id=path)
+        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+            answer = set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
+                                    optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)
+            lost = {name for name, p in model.named_parameters() if p.requires_grad} & set(answer.missing_keys)
+            if lost or answer.unexpected_keys:            # frozen weights are not in it, all others must be
+                raise UserError(f"{path} is of another model: missing {some(lost)}, unknown "
+                                f"{some(answer.unexpected_keys)}")
+        mine = path / f"random-{self.world.rank}.pt"
+        if done["processes"] == self.world.size and mine.is_file():
+            set_random_state(torch.load(mine, weights_only=False))
+        else:
+            self.world.say(f"{path} was written by {done['processes']} processes, these are {self.world.size}: not "
+                           "exact to the bit (random states are new, sums are in another order); weights, AdamW and "
+                           "the place in the data go on")
+        return done["step"], done["data"]
+
+    def _state(self, models, optimizers):
+        state = {}
+        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+            state[f"model{i}"], state[f"optimizer{i}"] = get_state_dict(model, optimizer, options=self.OPTIONS)
+        return state
+
+
+def barrier(world):
+    if world.size > 1:
+        dist.barrier()
+
+
+def agreed(mine, world):
+    """Do all processes say so?"""
+    if world.size == 1:
+        return bool(mine)
+    said = torch.tensor(float(mine), device=world.device)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said > 0)
+
+
+def random_state():
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; all processes agree on it."""
+
+    def __init__(self, world):
+        self.world, self.asked = world, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            sys.exit(130)                                 # asked twice: at once
+        self.asked = True
+
+    def __call__(self):
+        return not agreed(not self.asked, self.world)

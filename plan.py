@@ -1,0 +1,189 @@
+"""--plan: what a run will need before anything is paid for. Parameters, memory of a GPU, FLOPs, hours.
+
+    python pretrain.py --plan --nproc 8 --memory 80          # the paper's run on eight GPUs of 80 GB
+    python sft.py --plan --model runs/toy/pretrain           # any model folder: only its config.json is read
+
+Nothing is allocated. Products are counted from the weights' shapes; what the backward pass keeps is counted while the
+very model runs on tensors without content (torch's fake tensors).
+"""
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from config import LibraConfig
+from engine import DTYPES, ENGINES, bytes_per_gpu
+from model import Libra
+from streams import Streams
+from text import IMG, spell_out
+from tokenizer import ClipViT, ImageTokenizerConfig
+from weights import read_json
+
+PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4; bf16 peak
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+          "image_size": 336, "patch_size": 14, "layer_norm_eps": 1e-5}
+
+
+def sizes(llm, image_tokenizer, **changes):
+    """-> LibraConfig, ImageTokenizerConfig of the folders; of the paper's model for what is not named"""
+    eye = ImageTokenizerConfig(clip=CLIP_L)
+    if image_tokenizer:
+        folder = Path(image_tokenizer)
+        folder = folder / "image_tokenizer" if (folder / "image_tokenizer").is_dir() else folder
+        if "clip" in (values := read_json(folder / "config.json")):
+            eye = ImageTokenizerConfig(**values)
+    visual = {"vision_vocab_size": eye.codebook_size + 2, "vision_codebook_num": eye.num_codebooks,
+              "image_feature_resolution": eye.grid, "contiguous_signal_size": eye.signal_size}
+    config = LibraConfig.from_file(Path(llm) / "config.json", visual, **changes) if llm else LibraConfig(**changes)
+    return config, eye
+
+
+# ---------------------------------------------------------------- FLOPs
+
+def products(modules):
+    """FLOPs of forward and backward of these matrices for one token: two each for the product and for the gradient of
+    what goes in, two more for the gradient of a weight that learns"""
+    return sum((6 if p.requires_grad else 4) * p.numel() for module in modules for p in module.parameters()
+               if p.dim() == 2)
+
+
+def flops_of(model, eye):
+    """-> f(counts) -> {part: FLOPs} of a step in which this model met so many tokens. Recomputation is not counted, of
+    causal attention one half. counts: text and image tokens, text_targets, image_targets, squares of the rows' lengths,
+    images."""
+    c, parts = model.config, {"LLaMA": [], "expert": [], "bridge on text": [], "bridge on images": []}
+    for block in model.model.layers:
+        for name, module in [*block.self_attn.named_children(), *block.mlp.named_children()]:
+            part = ("LLaMA" if not name.startswith("vision") else "expert" if "bridge" not in name else
+                    "bridge on text" if name.endswith("language") else "bridge on images")
+            parts[part].append(module)
+    each = {part: products(modules) for part, modules in parts.items()}
+    each["expert"] = each["expert"] or each["LLaMA"]
+    into, heads = products([model.model.vision_contiguous_signal_processor]), products([model.vision_lm_head])
+    words, attention = products([model.lm_head]), 6 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    look = clip_flops(eye.clip, max(eye.select_layers))
+
+    def count(n):
+        return {"expert": n["image"] * each["expert"], "LLaMA": n["text"] * each["LLaMA"],
+                "bridge": n["text"] * each["bridge on text"] + n["image"] * each["bridge on images"],
+                "attention": n["squares"] * attention, "CLIP": n["images"] * look,
+                "input and heads": n["image"] * into + n["image_targets"] * heads + n["text_targets"] * words}
+    return count
+
+
+def clip_flops(sizes, layers):
+    """One forward pass of the frozen CLIP up to the last layer that is read"""
+    n, d = (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1, sizes["hidden_size"]
+    each = 2 * n * (4 * d * d + 2 * d * sizes["intermediate_size"]) + 4 * n * n * d
+    return layers * each + 2 * n * 3 * sizes["patch_size"] ** 2 * d
+
+
+# ---------------------------------------------------------------- memory
+
+class Kept:
+    """Bytes that the backward pass keeps: every storage once, weights not"""
+
+    def __init__(self, weights):
+        self.known, self.bytes = {p.untyped_storage()._cdata for p in weights}, 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def row(config, text_tokens, stage):
+    """<s>, an image, newline, text -> ids, counted: all of it in pretraining, half of the text in SFT"""
+    ids = [1, IMG, config.newline_token_id] + [config.vocab_size - 1] * text_tokens
+    counted = [0, 1, 0] + [1] * text_tokens
+    if stage == "sft":
+        counted = [0] * (3 + text_tokens // 2) + [1] * (text_tokens - text_tokens // 2)
+    blank = torch.zeros(config.image_feature_resolution ** 2, config.vision_codebook_num, dtype=torch.long)
+    return spell_out(ids, counted, [blank], config)
+
+
+def batch_of(config, samples, text_tokens, stage):
+    rows = [row(config, text_tokens, stage)] * samples
+    return Streams.of([ids for ids, _ in rows], config, counted=[counted for _, counted in rows])
+
+
+def kept_by(config, streams, train_llama, dtype):
+    """Bytes that one pass keeps for its backward pass"""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Libra(config)
+        llama = set(model.llama())
+        for module in model.leaves():                     # the copies of autocast are counted as weights, not here
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype), train_llama or module not in llama))
+        kept = Kept(model.parameters())
+        signal = torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype)
+        with kept.hooks:
+            model.loss(streams, signal)
+    return kept.bytes
+
+
+def activations(config, streams, train_llama, dtype, again):
+    """As kept_by, from models of one and of two layers. again: layers keep what goes into them and compute the rest
+    again, one at a time."""
+    one, two = (kept_by(LibraConfig(**(asdict(config) | {"num_hidden_layers": n})), streams, train_llama, dtype)
+                for n in (1, 2))
+    layer, tokens = two - one, len(streams.text_ids) + len(streams.image_ids)
+    return one + (config.num_hidden_layers - 1) * (tokens * config.hidden_size * dtype.itemsize if again else layer)
+
+
+# ---------------------------------------------------------------- the table
+
+def show(args, config, eye, stage):
+    """Print the plan of pretraining or of instruction tuning."""
+    dtype, tune, n = DTYPES[args.dtype or "bfloat16"], stage == "sft", args.nproc
+    micro = args.micro_batch or max(1, args.batch // n)
+    streams = batch_of(config, micro, args.text_tokens, stage)
+    with torch.device("meta"):
+        model, clip = Libra(config), ClipViT(**eye.clip)
+    for module in [] if tune else model.llama():
+        module.requires_grad_(False)
+    print(f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {micro} samples a pass, an image of "
+          f"{config.image_tokens} tokens and {args.text_tokens} of text; {n} GPUs\n\nweights")
+    parts = {}
+    for name, p in model.named_parameters():
+        part = ("bridge" if "bridge" in name else "LLaMA" if "vision" not in name else
+                "expert" if ".layers." in name else "image input and heads")
+        parts.setdefault(part, []).append(p)
+    for part, some in (parts | {"CLIP, frozen": list(clip.parameters())}).items():
+        learns = part != "CLIP, frozen" and some[0].requires_grad
+        print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if learns else ''}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained + sum(p.numel() for p in clip.parameters())
+    table(args, config, micro, trained, frozen, activations(
+        config, streams, tune, dtype, args.checkpoint_activations), dtype)
+    counts = {"text": len(streams.text_ids), "image": len(streams.image_ids), "text_targets": len(streams.text_rows),
+              "image_targets": len(streams.image_rows), "squares": sum(m * m for m in streams.lengths), "images": micro}
+    flops = {part: count / micro for part, count in flops_of(model, eye)(counts).items()}
+    whole = sum(flops.values())
+    print(f"\nTFLOP of a sample, forward and backward: {whole / 1e12:.4g}")
+    for part, count in flops.items():
+        print(f"  {part:24}{count / 1e12:9.4f}   {count / whole:.0%}")
+    hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
+    print(f"\n{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours, "
+          f"{hours / n:,.0f} hours on {n}")
+    if stage == "pretrain":
+        print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
+              f"{whole * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
+
+
+def table(args, config, micro, trained, frozen, kept, dtype):
+    print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations "
+          f"{'computed again' if args.checkpoint_activations else 'kept'})")
+    fits = None
+    for engine in ENGINES:
+        need = bytes_per_gpu(trained, frozen, engine, args.nproc, dtype, config.num_hidden_layers)
+        total = (sum(need.values()) + kept) / 1e9
+        fits = fits or (engine if total < 0.92 * args.memory else None)                       # room for the allocator
+        print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in
+                                                          (need | {"activations": kept}).items()))
+    print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
+          + ("" if fits else "; try --checkpoint-activations or a smaller --micro-batch"))

@@ -1,0 +1,222 @@
+"""What a long run must survive and what it must not depend on: engines, processes, kills, full disks, bad samples."""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import ROOT, base, log, pretrain, run, tokenizer, toy, tuned  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+import plan
+from checkpoints import Checkpoints
+from config import LibraConfig
+from model import Libra
+
+ALONE = engine.World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def same(one, two, bar=1e-5):
+    """Two model folders: every tensor within `bar` of its norm. A bridge's B starts at zero, where Adam magnifies
+    rounding: 1e-4 there."""
+    one, two = (load_file(path / "model.safetensors") for path in (one, two))
+    assert one.keys() == two.keys()
+    for name in one:
+        most = 1e-4 if "bridge" in name and "weight_B" in name else bar
+        assert (one[name] - two[name]).norm() <= most * one[name].norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
+def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):  # noqa: F811
+    run("pretrain.py", *pretrain, "--micro-batch 1 --engine", kind, "--out", tmp_path, processes=2)
+    for one, two in zip(log(base), log(tmp_path), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
+        assert abs(one["norm"] - two["norm"]) < 1e-4 * one["norm"]
+    same(base, tmp_path)
+
+
+def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):  # noqa: F811
+    """Two processes with all in shares, then one process alone, then two replicas: as one process throughout"""
+    words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
+             "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2"]
+    run("sft.py", *words, "--out", tmp_path / "one")
+    run("sft.py", *words, "--engine fsdp --checkpoint-activations --out", tmp_path / "two", processes=2)
+    same(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    shutil.rmtree(tmp_path / "three/checkpoint-000004")
+    assert "2 processes, these are 1" in run("sft.py", *words, "--resume --out", tmp_path / "three")
+    same(tmp_path / "one", tmp_path / "three")
+    shutil.rmtree(tmp_path / "two/checkpoint-000004")
+    run("sft.py", *words, "--resume --engine ddp --out", tmp_path / "two", processes=2)
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F811
+    run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
+    same(base, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # what step 3 was
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
+    name = "model.layers.0.self_attn.vision_q_proj.weight_A"
+    assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
+
+
+def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):  # noqa: F811
+    entries = json.loads((toy / "chats/chat.json").read_text())
+    for number, entry in enumerate(entries):
+        if number % 3:                                    # most samples are words alone
+            del entry["image"]
+            entry["conversations"][0]["value"] = entry["conversations"][0]["value"].replace("<image>\n", "")
+    (tmp_path / "chat.json").write_text(json.dumps(entries))
+    words = ["--model", base, "--data", tmp_path / "chat.json", "--images", toy / "chats/images",
+             "--steps 4 --warmup 1 --batch 2 --lr 1e-3"]
+    run("sft.py", *words, "--out", tmp_path / "one")
+    for kind in ("ddp", "fsdp"):
+        run("sft.py", *words, "--engine", kind, "--out", tmp_path / kind, processes=2)
+        same(tmp_path / "one", tmp_path / kind)
+
+
+def begin(script, *words, processes=1):
+    words = [word for part in words for word in (part.split() if isinstance(part, str) else [str(part)])]
+    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return subprocess.Popen([sys.executable, *start, script, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def test_a_dead_process_ends_the_run(pretrain, tmp_path):  # noqa: F811
+    job = begin("pretrain.py", *pretrain, "--steps 100000 --timeout 1 --out", tmp_path, processes=2)
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+        assert job.poll() is None, job.stdout.read()
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = job.communicate(timeout=90)
+    assert job.returncode != 0 and "SIGKILL" in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_with_a_checkpoint(pretrain, tmp_path, processes):  # noqa: F811
+    job = begin("pretrain.py", *pretrain, "--steps 100000 --save-every 1000 --out", tmp_path, processes=processes)
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+        assert job.poll() is None, job.stdout.read()
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=60)
+    step = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"stopped after step {step}" in said and (tmp_path / f"checkpoint-{step:06d}/done.json").is_file()
+    assert processes == 2 or job.returncode == 0          # torchrun itself reports that it was told to end
+
+
+def test_kill_9_loses_no_more_than_since_the_last_checkpoint(pretrain, tmp_path):  # noqa: F811
+    """Twenty kills at random moments, a save after every step: the newest complete checkpoint always goes on, the steps
+    never go back beyond it, and the end equals that of a run that nobody disturbed."""
+    words = [*pretrain, "--steps 60 --save-every 1"]
+    dice, reached = random.Random(0), 0
+    for kill in range(20):
+        job = begin("pretrain.py", *words, "--resume --out", tmp_path / "killed")
+        before = len(lines(tmp_path / "killed"))
+        while len(lines(tmp_path / "killed")) < before + 1 and job.poll() is None:
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        os.killpg(job.pid, signal.SIGKILL)
+        said = job.communicate()[0]
+        newest = Checkpoints(tmp_path / "killed", 2, ALONE).newest()
+        step = int(newest.name[-6:]) if newest else 0
+        assert step >= reached, f"kill {kill}: {said}"
+        reached = step
+        if (tmp_path / "killed/model.safetensors").exists():
+            break
+    run("pretrain.py", *words, "--resume --out", tmp_path / "killed")
+    run("pretrain.py", *words, "--out", tmp_path / "whole")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert kill > 3 and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def lines(folder):
+    return (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
+
+
+def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
+    model = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(300)).sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    checkpoints.save(1, [model], [optimizer], [0, 0, 1], wait=True)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        checkpoints.save(2, [model], [optimizer], [0, 0, 2], wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "checkpoint-000002 could not be written" in capsys.readouterr().err
+    assert checkpoints.newest().name == "checkpoint-000001"
+    checkpoints.save(3, [model], [optimizer], [0, 0, 3], wait=True)
+    assert checkpoints.newest().name == "checkpoint-000003"
+    part = next((tmp_path / "checkpoint-000003").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])             # half a file, whatever its name says
+    assert checkpoints.newest().name == "checkpoint-000001"
+
+
+def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path):  # noqa: F811
+    entries = json.loads((toy / "eval/held_out_captions.json").read_text())
+    for number, name in ((0, "gone.png"), (1, "../../up.png")):
+        entries[number]["image"] = name
+    entries[2]["caption"] = [" "]
+    (tmp_path / "coco.json").write_text(json.dumps(entries))
+    words = [*pretrain, "--data", tmp_path / "coco.json", "--images", toy / "eval", "--steps 8"]
+    run("pretrain.py", *words, "--max-bad 0.9 --out", tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert {entry["cause"] for entry in listed} == {"no_image", "path_outside", "no_caption"}
+    assert log(tmp_path / "run")[-1]["skipped"] == len(listed)
+    assert sum(log(tmp_path / "run")[-1]["causes"].values()) == len(listed)
+    for entry in entries:
+        entry["image"] = "gone.png"
+    (tmp_path / "coco.json").write_text(json.dumps(entries))
+    said = run("pretrain.py", *words, "--max-bad 0.5 --out", tmp_path / "bad", ok=False)
+    assert "no_image" in said and "more than --max-bad 0.5" in said
+
+
+# ---------------------------------------------------------------- the plan
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_plan_counts_what_torch_counts(tune):
+    """FLOPs against torch's counter, what the backward pass keeps against a real pass"""
+    config = LibraConfig(vocab_size=300, hidden_size=128, intermediate_size=344, num_hidden_layers=3,
+                         num_attention_heads=4, max_position_embeddings=256, vision_vocab_size=66,
+                         image_feature_resolution=8, contiguous_signal_size=64)
+    streams = plan.batch_of(config, 2, 40, "sft" if tune else "pretrain")
+    model = Libra(config)
+    for module in [] if tune else model.llama():
+        module.requires_grad_(False)
+    signal = torch.zeros(len(streams.image_ids), config.contiguous_signal_size)
+    kept = plan.Kept(model.parameters())
+    counter = FlopCounterMode(display=False)
+    with kept.hooks:
+        model.loss(streams, signal)
+    with counter, sdpa_kernel(SDPBackend.MATH):           # as plain products, which torch counts: whole squares
+        model.loss(streams, signal).backward()
+    counts = {"text": len(streams.text_ids), "image": len(streams.image_ids), "text_targets": len(streams.text_rows),
+              "image_targets": len(streams.image_rows), "squares": sum(n * n for n in streams.lengths), "images": 0}
+    eye = plan.ImageTokenizerConfig(clip=plan.CLIP_L)
+    ours = plan.flops_of(model, eye)(counts)
+    assert abs((sum(ours.values()) + ours["attention"]) / counter.get_total_flops() - 1) < 0.1
+    planned = plan.activations(config, streams, tune, torch.float32, False)
+    assert abs(planned / kept.bytes - 1) < 0.1
+    assert plan.activations(config, streams, tune, torch.float32, True) < 0.6 * planned
+
+
+def test_plan_of_the_paper():
+    said = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
+    assert "LLaMA                       6.738 B" in said and "expert                      4.229 B" in said
+    assert "9% of that GPU's peak" in said and "the first that fits 80 GB" in said
+    assert "learns" in run("sft.py", "--plan --micro-batch 1")
