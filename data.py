@@ -1,16 +1,20 @@
 """Data (Sec. 3.3): captions from tar shards and COCO, chats from LLaVA JSON, as batches of token streams.
 
     python pretrain.py --data 'coyo/{00000..07776}.tar' coco_karpathy_train.json --images coco ...
+    python data.py 'coyo/{00000..00002}.tar' coco_karpathy_train.json --images coco    # look at it before a run
 
 How it stays exact: all sources are cut into shards; an epoch is a shuffled list of shards; a few shards at a time are
 listed (tar headers only), their samples shuffled together and dealt out to steps, ranks and micro-batches in one global
 order. So every sample is used once per epoch whatever the number of processes, and the position in the data is three
 numbers. A bad sample leaves its place empty and is counted: nothing shifts.
 """
+import argparse
 import glob
 import io
+import itertools
 import json
 import re
+import sys
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -19,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import LibraConfig
 from streams import Streams
-from text import Text, cut, spell_out
+from text import IMG, Text, cut, spell_out
 from tokenizer import open_image, prepare
 from weights import UserError, read_json
 
@@ -31,9 +36,11 @@ MARK = "<image>"               # where LLaVA's format puts an image
 # ---------------------------------------------------------------- from names to shards to samples
 
 def expand(patterns):
-    """'coyo/{00000..07776}.tar', globs, files, several -> existing files in order; UserError names what is missing"""
+    """'coyo/{00000..07776}.tar', globs, files, several -> existing files in order; UserError names what is missing.
+    'coco.json@3' stands for a file that each epoch reads three times."""
     files = []
     for pattern in patterns:
+        pattern, _, times = pattern.rpartition("@") if re.search(r"@\d+$", pattern) else (pattern, "", 1)
         if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
             first, last = match.groups()
             names = [pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():]
@@ -43,7 +50,7 @@ def expand(patterns):
         lost = [name for name in names if not Path(name).is_file()]
         if lost:
             raise UserError(f"--data {pattern}: {len(lost)} of {len(names)} files are missing, first {lost[0]}")
-        files += names
+        files += names * int(times)
     return files
 
 
@@ -227,7 +234,7 @@ def llava_turns(conversation, images, name):
 
 @dataclass
 class Recipe:
-    """What a stage makes of a sample. resolution 0 leaves pictures out (to look at texts only)."""
+    """What a stage makes of a sample"""
     text: Text
     config: object
     resolution: int
@@ -326,3 +333,68 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
     batches = Batches(Order(sources, seed, state=state), batch, micro_batch, rank, world)
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate,
                                        pin_memory=pin, persistent_workers=workers > 0), batches
+
+
+# ---------------------------------------------------------------- looking at a dataset before a run
+
+def check(files, images, llm, most, max_length):
+    """Print what the readers make of up to `most` samples of each file: kinds, sizes, lengths, what cannot be used and
+    why, three examples with the text that counts in [brackets]."""
+    text = Text(Path(llm) / "tokenizer.model")
+    config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
+    recipe, bad, sizes, lengths, shown = Recipe(text, config, 14, max_length), Counter(), [], [], []
+    for path in expand(files):
+        source = open_source(path, images)
+        places = [place for part in range(max(1, -(-len(source.entries) // SHARD)))
+                  for place in list_shard([source], (0, part))]
+        for place in places[:most]:
+            try:
+                sizes += [picture.size for picture in read_sample(source, place)[2]]
+                sample = recipe(source, place, 0)
+            except Bad as error:
+                bad[error.cause] += 1
+                print(f"  {error.cause}: {error.name}")
+                continue
+            lengths.append(sum(config.image_tokens if i == IMG else 1 for i in sample["ids"]))
+            shown = (shown + [(sample["name"], label(text, sample["ids"], sample["counted"]))])[:3]
+        print(f"{path}: {source.kind}, {len(places)} samples, {min(most, len(places))} read")
+    if sizes:
+        wide, high = zip(*sizes)
+        print(f"{len(sizes)} pictures: {min(wide)} to {max(wide)} pixels wide, {min(high)} to {max(high)} high")
+    if lengths:
+        lengths.sort()
+        print(f"tokens with images of {config.image_tokens}: {lengths[0]} to {lengths[-1]}, half of the samples up to "
+              f"{lengths[len(lengths) // 2]}; cut at {max_length}")
+    for name, words in shown:
+        print(f"\n{name}: {words}")
+    total = len(lengths) + sum(bad.values())
+    print(f"\n{sum(bad.values())} of {total} samples cannot be used"
+          + "".join(f", {cause} {n}" for cause, n in bad.most_common()))
+
+
+def label(text, ids, counted):
+    """Pieces back to text, <image> for a picture, [what counts in the loss]"""
+    pieces = []
+    for counts, run in itertools.groupby(zip(ids, counted), key=lambda pair: (pair[1], pair[0] == IMG)):
+        run = [i for i, _ in run]
+        words = MARK if counts[1] else "".join(text.model.id_to_piece(i) for i in run).replace("\u2581", " ")
+        pieces.append(f"[{words}]" if counts[0] else words)
+    return "".join(pieces)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=check.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
+    parser.add_argument("--images", metavar="DIR", default=".", help="what image paths in JSON files are relative to")
+    parser.add_argument("--llm", metavar="DIR", default="runs/toy/llama", help="folder with tokenizer.model")
+    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="samples read of each file")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens at which samples are cut")
+    args = parser.parse_args()
+    try:
+        check(args.files, args.images, args.llm, args.limit, args.max_length)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,7 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--export", action="store_true", help="with --resume: write the model folder now and end")
     g.add_argument("--steps", type=int, default=steps, help="updates")
     g.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints")
+    g.add_argument("--sample-every", type=int, default=1000, metavar="N", help="steps between pictures in samples/")
     g.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept")
     g.add_argument("--seed", type=int, default=0, help="of new weights, the order of the data and all else")
     g = parser.add_argument_group("optimization")

@@ -334,10 +334,13 @@ class Libra(nn.Module):
         image = None if image is None else torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
         return None if text is None else self.lm_head(text), image
 
-    def forward(self, streams, signal=None):
+    def forward(self, streams, signal=None, read=False):
         """Sums of the cross-entropy over the counted targets: text (), image (K,), one for each codebook (Eq. 6).
-        A trainer divides by the count of its whole batch; heads run only where a label counts."""
+        A trainer divides by the count of its whole batch; heads run only where a label counts.
+        read: instead, the likeliest next token behind each text token (n_text,)"""
         text, image = self.hidden(streams, signal)
+        if read:
+            return self.lm_head(text).argmax(-1)
         rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
         image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
                                   for k, head in enumerate(self.vision_lm_head.heads)])

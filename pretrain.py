@@ -8,9 +8,11 @@ The objective is next-token prediction over image ids and text alike (Eq. 6).
 """
 import argparse
 import itertools
+import textwrap
 import time
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import engine
 import plan
@@ -18,6 +20,7 @@ from checkpoints import Checkpoints, Stop
 from data import Recipe, expand, loader, open_source
 from engine import TOY, need
 from model import Libra
+from tokenizer import to_picture, to_rgb
 from weights import UserError
 
 
@@ -96,6 +99,8 @@ def train(args, world, model, recipe):
             "tokens/s": counts["tokens"] / seconds, "images/s": counts["images"] / seconds,
             "peak": peak and sum(flops(counts).values()) / seconds / peak / world.size, "memory": engine.memory(world),
             "wait": waited, "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
+        if (step + 1) % args.sample_every == 0 or step + 1 == args.steps:
+            look(world, model, wrapped, micro[0], out / "samples" / f"{step + 1:06d}.png")
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")
     checkpoints.finish()
@@ -138,13 +143,40 @@ def update(args, world, step, model, wrapped, optimizer, trained, micro):
             "norm": float(norm)}, counts
 
 
-def losses(model, tokenizer, batch):
-    """One pass: pictures to ids and signal, then the sums of the text loss () and of the image losses (K,)"""
+def losses(model, tokenizer, batch, read=False):
+    """One pass: pictures to ids and signal, then what Libra.forward gives"""
     streams, signal = batch.streams, None
     if len(batch.pixels):
         codes, signal = tokenizer.encode(batch.pixels)
         streams, signal = streams.with_images(codes), signal * ~batch.drawn[:, None, None]
-    return model(streams, signal)
+    return model(streams, signal, read=read)
+
+
+@torch.no_grad()
+def look(world, model, wrapped, batch, path, most=6, side=112):
+    """A picture of a batch: what was shown, what the ids keep of it, the text, and below it what the model would have
+    said next behind each of its tokens."""
+    text, tokenizer = model.tokenizers.text, model.tokenizers.image
+    with world.autocast():
+        said = losses(wrapped, tokenizer, batch, read=True).cpu()                             # all processes take part
+    if not world.first or not len(batch.pixels):
+        return
+    with world.autocast():
+        rebuilt = tokenizer.decode(tokenizer.encode(batch.pixels[:most])[0]).float()
+    page = Image.new("RGB", (2 * side + 700, len(rebuilt) * side), "white")
+    pen, font, s = ImageDraw.Draw(page), ImageFont.load_default(13), batch.streams
+    row, image_row = s.text_at.cpu() // s.length, s.image_at.cpu() // s.length
+    shown = image_row[::model.config.image_tokens].tolist()                                   # the row of each picture
+    for n, (pixels, rgb) in enumerate(zip(batch.pixels, rebuilt)):
+        for x, picture in ((0, to_rgb(pixels.float())), (side, rgb)):
+            page.paste(to_picture(picture).resize((side, side)), (x, n * side))
+        ids, guess = s.text_ids.cpu()[row == shown[n]].tolist(), said[row == shown[n]].tolist()
+        for y, pieces, ink in ((4, ids, "black"), (60, guess, "blue")):
+            words = text.model.decode([i for i in pieces if i not in (text.bos, text.eos)])
+            for i, line in enumerate(textwrap.wrap(words, 100)[-3:]):
+                pen.text((2 * side + 8, n * side + y + 17 * i), line, ink, font)
+    path.parent.mkdir(exist_ok=True)
+    page.save(path)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,16 @@ def train_sentencepiece(folder, seed):
 
 
 def begin_llama(model, text):
-    """Start the stand-in where small models learn fast: matrices at the scale of their width, the output words equal to
-    the input words, and each word of the drawn maps the sum of what it stands for."""
+    """Start the stand-in where small models learn to look things up: matrices at the scale of their width; keys made as
+    queries are, and outputs as values, so that a token attends to what is like it and copies it; the output words equal to
+    the input words; and each word of the drawn maps the sum of what it stands for."""
     for module in model.llama():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+    for block in model.model.layers:
+        attention = block.self_attn
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.data.copy_(attention.v_proj.weight.T)
     words = torch.nn.init.normal_(model.model.embed_tokens.weight.data, std=0.1)
     for thing in world.THINGS:
         said = text.model.encode(" ".join(thing[:3]) + " " + world.PLACES[thing[3]])
@@ -256,7 +261,7 @@ def main():
     parser.add_argument("--captions", type=int, default=12_000, help="pictures with captions (default: %(default)s)")
     parser.add_argument("--chats", type=int, default=12_000, help="pictures with conversations (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=2_000, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--llama-steps", type=int, default=2_000, help="updates of the LLaMA (default: %(default)s)")
+    parser.add_argument("--llama-steps", type=int, default=1_800, help="updates of the LLaMA (default: %(default)s)")
     parser.add_argument("--clip-steps", type=int, default=800, help="updates of the CLIP (default: %(default)s)")
     args = parser.parse_args()
 

@@ -163,7 +163,6 @@ def options():
     g.add_argument("--entropy-weight", type=float, default=0.1, help="of the entropy losses")
     g.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="keep this running mean of the weights and save it instead of the last ones; 0: do not")
-    g.add_argument("--sample-every", type=int, default=1000, metavar="N", help="steps between pictures in samples/")
     engine.add_options(parser, steps=200_000, warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0,
                        engines=False)
     parser.set_defaults(out=str(TOY / "tokenizer"))

@@ -97,7 +97,8 @@ def test_pretraining_freezes_the_llama(toy, base):
     assert recipe["lr"] == 1e-3 and recipe["text_to_image"] == 0.4
     assert sorted(path.name for path in base.iterdir()) == [
         "checkpoint-000003", "config.json", "image_tokenizer", "log.jsonl", "model.safetensors", "recipe.json",
-        "tokenizer.model"]
+        "samples", "tokenizer.model"]
+    assert Image.open(base / "samples/000005.png").size == (924, 6 * 112)
 
 
 def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
@@ -175,6 +176,30 @@ def test_evaluate(toy, base, tuned, tmp_path):
         "--limit 2")
     wrong = ["--task pope --data", f"{held}_pope.json", "--images", toy, "--model", tuned]
     assert "no such picture" in run("evaluate.py", *wrong, ok=False)
+
+
+def test_looking_at_a_dataset(toy, tmp_path):
+    """Counts, sizes, lengths, bad samples, and what counts in brackets"""
+    said = run("data.py", toy / "captions/*.tar", toy / "chats/chat.json", "--images", toy / "chats/images",
+               "--llm", toy / "llama")
+    assert "tar, 60 samples, 60 read" in said and "llava, 40 samples, 40 read" in said
+    assert "100 pictures: 56 to 56 pixels wide" in said and "0 of 100 samples cannot be used" in said
+    assert "<image>" in said and "ASSISTANT:[" in said.replace("ASSISTANT: [", "ASSISTANT:[") and "</s>]" in said
+    entries = json.loads((toy / "chats/chat.json").read_text())[:4]
+    entries[1]["image"], entries[2]["conversations"] = "gone.jpg", []
+    (tmp_path / "chat.json").write_text(json.dumps(entries))
+    said = run("data.py", tmp_path / "chat.json", "--images", toy / "chats/images", "--llm", toy / "llama")
+    assert "2 of 4 samples cannot be used" in said and "no_image: toy-1" in said
+
+
+def test_a_file_read_three_times_an_epoch(toy):
+    from data import Order, expand, open_source
+    path = str(toy / "chats/chat.json")
+    sources = [open_source(name, str(toy / "chats/images")) for name in expand([path + "@3"])]
+    order = iter(Order(sources, seed=0))
+    epoch = [next(order) for _ in range(120)]
+    assert {n for n, _ in epoch} == {0} and next(order)[0] == 1
+    assert sorted(place[1] for _, place in epoch) == sorted(list(range(40)) * 3)
 
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
