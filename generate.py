@@ -4,6 +4,7 @@
     python generate.py --draw "a red bus" --out bus.png                 # text to image, E_c = 0
     python generate.py --complete cat.jpg --rows 8 --out completed.png  # the upper rows are given, the rest is drawn
     python generate.py --reconstruct cat.jpg --out both.png             # the picture beside what its ids hold of it
+    python generate.py --image cat.jpg "What colour is it?" --attention maps.png        # where each layer looks
 
 --model is a folder of sft.py or pretrain.py, or a published one; the toy world's by default.
 """
@@ -13,12 +14,13 @@ import sys
 import time
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import engine
 from engine import TOY, need
 from generation import generate, see
 from model import Libra
+from streams import Streams
 from text import IMG, spell_out
 from tokenizer import open_image, prepare, to_picture, to_rgb
 from weights import UserError
@@ -35,6 +37,8 @@ def options():
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
     g.add_argument("--rows", type=int, default=0, help="rows of the picture's tokens that are given; 0: half of them")
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
+    g.add_argument("--attention", metavar="FILE", help="with one --image and a question: heat maps of each layer's "
+                   "attention on the picture as the answer begins, and how layers and heads differ (Fig. 4, 7)")
     g.add_argument("--out", metavar="FILE", default="out.png", help="where a drawn picture goes")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g = parser.add_argument_group("how")
@@ -70,6 +74,10 @@ def main():
         chat(model, args.image, args.max_new_tokens, **sampling)
     else:
         answer(model, args, sampling)
+        if args.attention:
+            if len(args.image) != 1:
+                raise UserError(f"--attention looks at one --image, {len(args.image)} were given")
+            show_attention(model, args.question, args.image[0], args.attention)
 
 
 def save(picture, path):
@@ -87,6 +95,48 @@ def answer(model, args, sampling):
     if args.json:
         print(json.dumps({"question": args.question, "images": args.image, "answer": text,
                           "seconds": round(time.perf_counter() - began, 3)}, ensure_ascii=False))
+
+
+@torch.no_grad()
+def attention(model, question, image):
+    """Attention of the row that predicts the answer's first piece, on the picture's codes (layers, 1, heads, G*G)"""
+    codes, signal = see(model, [image])
+    ids, counted = spell_out(*model.tokenizers.text.chat([(question, 1, None)]), codes, model.config)
+    streams = Streams.of([ids], model.config).to(model.lm_head.weight.device)
+    blocks, maps = [block.self_attn for block in model.model.layers], []
+    for block in blocks:
+        block.record = maps
+    model.hidden(streams, signal)
+    for block in blocks:
+        block.record = None
+    at = (ids[:, 0] >= model.config.vocab_size).nonzero()[1:-1, 0]                            # neither BOI nor EOI
+    return torch.stack([m[:, :, -1, at] for m in maps]).float().cpu()
+
+
+def show_attention(model, question, image, path, side=168, wide=4):
+    """Print the differences of Fig. 7 layer by layer; save heat maps and their plot"""
+    maps = attention(model, question, image)
+    cross, inner = (x.tolist() for x in attention_difference(maps))
+    print("layer  cross-layer  inner-layer")
+    for layer, (a, b) in enumerate(zip(cross, inner)):
+        print(f"{layer:5}  {a:11.4f}  {b:11.4f}")
+    tokenizer, layers, grid = model.tokenizers.image, len(maps), model.config.image_feature_resolution
+    seen = to_picture(to_rgb(prepare(open_image(image), tokenizer.config.resolution))).resize((side, side))
+    rows = -(-layers // wide)
+    page = Image.new("RGB", (wide * side, rows * (side + 18) + 160), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for layer, heat in enumerate(maps.mean(dim=(1, 2))):
+        x, y = layer % wide * side, layer // wide * (side + 18)
+        cover = Image.fromarray((heat / heat.max() * 220).byte().view(grid, grid).numpy())
+        page.paste(Image.composite(Image.new("RGB", seen.size, "red"), seen, cover.resize(seen.size)), (x, y))
+        pen.text((x + 4, y + side + 2), f"layer {layer}, most {heat.max():.3f}", "black", font)
+    top = rows * (side + 18) + 12
+    for values, ink, name, dx in ((cross, "blue", "cross-layer difference", 0), (inner, "green", "inner-layer", 180)):
+        points = [(20 + i * (wide * side - 40) / max(1, layers - 1), top + 130 - 110 * v / max(*cross, *inner))
+                  for i, v in enumerate(values)]
+        pen.line(points, ink, 2)
+        pen.text((20 + dx, top), name, ink, font)
+    save(page, path)
 
 
 def stream(model, turns, images, max_new_tokens, out=None, **sampling):

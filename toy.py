@@ -144,8 +144,8 @@ def train_sentencepiece(folder, seed):
 
 def begin_llama(model, text):
     """Start the stand-in where small models learn to look things up: matrices at the scale of their width; keys made as
-    queries are, and outputs as values, so that a token attends to what is like it and copies it; the output words equal to
-    the input words; and each word of the drawn maps the sum of what it stands for."""
+    queries are, and outputs as values, so that a token attends to what is like it and copies it; the output words equal
+    to the input words; and each word of the drawn maps the sum of what it stands for."""
     for module in model.llama():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features ** -0.5)

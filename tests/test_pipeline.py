@@ -1,6 +1,7 @@
 """The very scripts, one after another, at sizes that take seconds: toy world, three stages, answers, scores."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,7 +45,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(toy):
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
-        toy / "tokenizer", TOKENIZER, "--steps 5 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
+        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
     return toy / "tokenizer"
 
 
@@ -51,7 +53,7 @@ def tokenizer(toy):
 def pretrain(toy, tokenizer):
     """-> the options of a small pretraining run"""
     return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
-            toy / "chats/images", "--steps 5 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
+            toy / "chats/images", "--steps 7 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,10 @@ def tuned(toy, base):
 
 
 def resumed(script, options, folder, copy):
-    """The run of `folder` again from its checkpoint at step 3 on: the same log, the same weights, bit for bit"""
+    """The run of `folder` again from its checkpoint at step 3 on: the same log, the same weights, the same optimizer
+    and all else in the checkpoint at step 6, bit for bit"""
     shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoint-000006")
     (copy / "model.safetensors").unlink()
     (copy / "log.jsonl").unlink()
     assert "going on from" in run(script, *options, "--resume --out", copy)
@@ -78,11 +82,33 @@ def resumed(script, options, folder, copy):
         assert all(before.get(key) == after.get(key) for key in exact)
     before, after = (load_file(path / "model.safetensors") for path in (folder, copy))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    before, after = (whole_state(path / "checkpoint-000006") for path in (folder, copy))
+    assert before.keys() == after.keys() and len(before) > 10
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in
+               ((before[key], after[key]) for key in before))
+
+
+def whole_state(checkpoint):
+    """Every tensor and number of a checkpoint under its path"""
+    dcp_to_torch_save(checkpoint, checkpoint.parent / "whole.pt")
+    found = {}
+
+    def walk(value, path):
+        for key, part in value.items() if isinstance(value, dict) else ():
+            walk(part, f"{path}/{key}")
+        if not isinstance(value, dict):
+            found[path] = value
+    walk(torch.load(checkpoint.parent / "whole.pt", weights_only=False), "")
+    done = json.loads((checkpoint / "done.json").read_text())
+    walk({"data": done["data"], "step": done["step"]}, "done")
+    random = torch.load(checkpoint / "random-0.pt", weights_only=False)
+    walk({"torch": random["torch"], "python": random["python"]}, "random")
+    return found
 
 
 def test_tokenizer_stage(toy, tokenizer):
     lines = log(tokenizer)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and all(line["psnr"] > 0 for line in lines)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7] and all(line["psnr"] > 0 for line in lines)
     assert lines[1]["disc"] is None and lines[2]["disc"] is not None and lines[2]["disc_weight"] > 0
     assert Image.open(tokenizer / "samples/000004.png").size == (8 * 56, 2 * 56)
     clip = {k: v for k, v in load_file(tokenizer / "model.safetensors").items() if "vision_model" in k}
@@ -96,9 +122,9 @@ def test_pretraining_freezes_the_llama(toy, base):
     recipe = json.loads((base / "recipe.json").read_text())
     assert recipe["lr"] == 1e-3 and recipe["text_to_image"] == 0.4
     assert sorted(path.name for path in base.iterdir()) == [
-        "checkpoint-000003", "config.json", "image_tokenizer", "log.jsonl", "model.safetensors", "recipe.json",
-        "samples", "tokenizer.model"]
-    assert Image.open(base / "samples/000005.png").size == (924, 6 * 112)
+        "checkpoint-000003", "checkpoint-000006", "config.json", "image_tokenizer", "log.jsonl", "model.safetensors",
+        "recipe.json", "samples", "tokenizer.model"]
+    assert Image.open(base / "samples/000007.png").size == (924, 6 * 112)
 
 
 def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
@@ -106,8 +132,12 @@ def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
     resumed("pretrain.py", [*pretrain, "--micro-batch 2 --workers 2"], tmp_path / "b", tmp_path / "c")
     options = ["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER,
-               "--steps 5 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9"]
+               "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9 --workers 2"]
     resumed("train_tokenizer.py", options, tokenizer, tmp_path / "d")
+    options = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
+               "--steps 7 --warmup 1 --batch 6 --micro-batch 2 --workers 2 --lr 1e-3 --save-every 3"]
+    run("sft.py", *options, "--out", tmp_path / "e")
+    resumed("sft.py", options, tmp_path / "e", tmp_path / "f")
 
 
 def test_two_processes_learn_what_one_learns(pretrain, base, tmp_path):
@@ -137,6 +167,9 @@ def test_generate(toy, base, tuned, tmp_path):
     line = json.loads(run("generate.py", "--model", tuned, "--image", picture, few, "--json", "What?").splitlines()[-1])
     assert line["question"] == "What?" and isinstance(line["answer"], str)
     run("generate.py", "--model", base, "--caption", picture, few)
+    said = run("generate.py", "--model", tuned, "--image", picture, few, "What?", "--attention", tmp_path / "maps.png")
+    assert len(re.findall(r"^ +[0-3] +0\.\d+ +0\.\d+$", said, re.M)) == 4
+    assert Image.open(tmp_path / "maps.png").size == (4 * 168, 168 + 18 + 160)
     for option, value, size in (("--draw", "red", (56, 56)), ("--complete", picture, (56, 56)),
                                 ("--reconstruct", picture, (112, 56))):
         out = tmp_path / f"{option}.png"
@@ -200,6 +233,21 @@ def test_a_file_read_three_times_an_epoch(toy):
     epoch = [next(order) for _ in range(120)]
     assert {n for n, _ in epoch} == {0} and next(order)[0] == 1
     assert sorted(place[1] for _, place in epoch) == sorted(list(range(40)) * 3)
+
+
+def test_the_report_judges_itself(toy, base, tuned):
+    """Every number beside its bar; the LLaMA is found frozen; other seeds go beside it"""
+    run("foreign.py", "--out", toy / "foreign")
+    run("report.py", "--toy", toy, "--limit 23")
+    report = json.loads((toy / "report.json").read_text())
+    assert report["llama_frozen"] is True and report["foreign"]["asked"] == 20
+    bars = {bar["what"]: bar for bar in report["bars"]}
+    assert bars["LLaMA bit-equal after pretraining"]["reached"] and not bars["questions, 2 objects"]["reached"]
+    assert bars["reconstruction, PSNR (dB)"]["value"] == report["reconstruction"]["psnr"] < 25
+    assert Image.open(toy / "report.png").size[0] == 1180
+    said = run("report.py", "--mean", toy, toy)
+    seeds = json.loads((toy / "seeds.json").read_text())
+    assert "questions, 3 objects" in said and seeds["drawing, colour"]["values"] == [report["drawing"]["colour"]] * 2
 
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):

@@ -44,6 +44,19 @@ def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind): 
     same(base, tmp_path)
 
 
+def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path, monkeypatch):  # noqa: F811
+    """One process with one pass; two with four passes each, as replicas and in shares: 1e-6 of each tensor's norm"""
+    found = {}
+    for name, words, processes in (("one", "", 1), ("ddp", "--micro-batch 1 --engine ddp", 2),
+                                   ("fsdp", "--micro-batch 1 --engine fsdp", 2)):
+        monkeypatch.setenv("GRADIENTS", str(tmp_path / name))
+        run("tests/gradients.py", *pretrain, "--batch 8 --out", tmp_path / "run", words, processes=processes)
+        found[name] = torch.load(tmp_path / name)
+    assert sum(float(gradient.norm()) for gradient in found["one"]) > 0
+    for one, *others in zip(*found.values(), strict=True):
+        assert all((one - other).norm() <= 1e-6 * one.norm() for other in others)
+
+
 def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):  # noqa: F811
     """Two processes with all in shares, then one process alone, then two replicas: as one process throughout"""
     words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
@@ -64,7 +77,7 @@ def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F8
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # what step 3 was
+    run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # what step 6 was
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
     name = "model.layers.0.self_attn.vision_q_proj.weight_A"
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
