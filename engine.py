@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -129,20 +129,25 @@ class World:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-def start(args):
-    """Join the other processes (torchrun sets RANK and WORLD_SIZE), seed, and fill in what the options left open."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+def join(device, timeout=10, group=False):
+    """Join the other processes: torchrun sets RANK and WORLD_SIZE. timeout in minutes; group: also if there are none"""
+    rank, size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no GPU is visible here; --device cpu runs without one")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    shared = getattr(args, "engine", "ddp") in ("zero", "fsdp")
-    if (size > 1 or shared) and not dist.is_initialized():
+    if (size > 1 or group) and not dist.is_initialized():
         store = None if size > 1 else dist.HashStore()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=size, timeout=timedelta(minutes=args.timeout))
+                                world_size=size, timeout=timedelta(minutes=timeout))
+    return World(rank, size, device, torch.float32)
+
+
+def start(args):
+    """Join the other processes, seed, and fill in what the options left open."""
+    world = join(args.device, args.timeout, getattr(args, "engine", "ddp") in ("zero", "fsdp"))
+    device, size = world.device, world.size
     if args.batch % size:
         raise UserError(f"--batch {args.batch} does not divide into {size} processes")
     args.micro_batch = args.micro_batch or args.batch // size
@@ -150,7 +155,7 @@ def start(args):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    return World(rank, size, device, DTYPES[args.dtype])
+    return replace(world, dtype=DTYPES[args.dtype])
 
 
 def distribute(model, blocks, args, world):

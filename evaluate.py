@@ -1,169 +1,197 @@
-"""Score a model on questions, yes/no probes and captions, from the files of the public benchmarks.
+"""Score a model on the benchmarks of Tab. 5, from their own files, with the prompts of Tab. 6.
 
-    python evaluate.py --task vqa --data runs/toy/eval/held_out_questions.json \\
-        --annotations runs/toy/eval/held_out_annotations.json --images runs/toy/eval/images --out vqa.json
-    python evaluate.py --task pope --data runs/toy/eval/held_out_pope.json --images runs/toy/eval/images
-    python evaluate.py --task caption --data runs/toy/eval/held_out_captions.json --images runs/toy/eval
+    python evaluate.py --task pope --data coco_pope_random.json coco_pope_popular.json --images val2014 --out pope.json
+    torchrun --nproc_per_node=8 evaluate.py --task vqav2 --data questions.json annotations.json --images val2014 ...
+    python evaluate.py --task exact --data runs/toy/eval/held_out_questions.json \\
+        runs/toy/eval/held_out_annotations.json --images runs/toy/eval/images        # the toy world, by kind
 
-Greedy decoding, one JSON with the score, its parts and every answer. --blind swapped or zeroed asks the same with
-another question's picture or with none at all: what the words alone are worth.
+Greedy decoding in batches, shared out among the processes. Answers are kept as they come: broken off, the same command
+answers only what is missing. The result is one JSON with score, parts and every answer. --blind asks the same with
+another question's picture or with none: what the words alone are worth.
 """
 import argparse
+import io
 import json
 import re
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+import benchmarks
 import engine
+import scores
+from benchmarks import TASKS
 from engine import TOY, need
 from generation import generate, see
 from model import Libra
+from streams import Streams
 from text import IMG, spell_out
-from weights import UserError, read_json, write_json
-
-PROMPTS = {"vqa": "Answer the question using a single word or phrase.",                       # Tab. 6
-           "pope": "Answer the question using a single word or phrase.", "caption": None}
+from weights import UserError, write_json
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
-    parser.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
-    parser.add_argument("--task", choices=list(PROMPTS), required=True,
-                        help="vqa: exact match with VQAv2-style annotations; pope: yes/no; caption: COCO style")
-    parser.add_argument("--data", metavar="FILE", required=True, help="the questions, or captions with their images")
-    parser.add_argument("--annotations", metavar="FILE", help="the answers, for --task vqa")
-    parser.add_argument("--images", metavar="DIR", required=True, help="folder of the pictures")
-    parser.add_argument("--prompt", help="ask captions with these words in the chat template; None: as pretrained")
-    parser.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
-    parser.add_argument("--batch", type=int, default=32, help="questions answered at a time")
-    parser.add_argument("--limit", type=int, default=0, help="first N questions only; 0: all")
-    parser.add_argument("--out", metavar="FILE", help="JSON with score, parts and answers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g = parser.add_argument_group("what")
+    g.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
+    g.add_argument("--task", choices=list(TASKS), required=True,
+                   help="a benchmark; exact, statements: the toy world's questions and captions")
+    g.add_argument("--data", metavar="FILE", nargs="+", required=True,
+                   help="its file, or questions and annotations; for pope each of several is scored, and their mean")
+    g.add_argument("--images", metavar="DIR", default=".", help="folder of the pictures")
+    g.add_argument("--out", metavar="FILE", help="JSON with score, parts and answers")
+    g.add_argument("--submission", metavar="FILE", help="the answers in the form that the benchmark's server reads")
+    g = parser.add_argument_group("how")
+    g.add_argument("--prompt", help="instead of the question's or caption's own words; '' continues the picture "
+                   "without the chat template, as pretraining does")
+    g.add_argument("--likelihood", action="store_true",
+                   help="choose the likeliest of the choices' texts instead of reading a letter (SEED; base models)")
+    g.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
+    g.add_argument("--batch", type=int, default=32, help="questions answered at a time")
+    g.add_argument("--limit", type=int, default=0, help="first N questions of each file only; 0: all")
+    g.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
     return parser
 
 
 def main():
     args = options().parse_args()
-    if args.task == "vqa" and not args.annotations:
-        raise UserError("--task vqa needs --annotations FILE")
-    model = Libra.from_pretrained(need(args.model), dtype=torch.float32, device=args.device).eval()
-    result = evaluate(model, args.task, args.data, args.images, args.annotations, args.prompt, args.blind, args.batch,
-                      args.limit)
-    print(json.dumps({key: value for key, value in result.items() if key != "answers"}, indent=2))
+    world = engine.join(args.device)
+    dtype = engine.DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
+    model = Libra.from_pretrained(need(args.model), dtype=dtype, device=world.device).eval()
+    each = [[path] for path in args.data] if args.task == "pope" else [args.data]
+    results = [evaluate(model, args.task, paths, args.images, args.prompt, args.blind, args.batch, args.limit,
+                        args.likelihood, args.max_new_tokens, args.out and f"{args.out}.{n}", world, args.submission)
+               for n, paths in enumerate(each)]
+    if not world.first:
+        return
+    result = scores.average(results) | {"files": results} if len(results) > 1 else results[0]
+    result |= {"model": str(args.model), "dtype": str(dtype)}
+    print(json.dumps({key: value for key, value in result.items() if key not in ("answers", "files")}, indent=2))
+    print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
     if args.out:
         write_json(args.out, result)
+        for path in Path(args.out).parent.glob(f"{Path(args.out).name}.*.jsonl"):
+            path.unlink()                                 # what they kept is in the JSON now
 
 
-def evaluate(model, task, data, images, annotations=None, prompt=None, blind=None, batch=32, limit=0):
-    """-> {score, parts, answered, seconds, answers, ...}"""
-    read = {"vqa": read_vqa, "pope": read_pope, "caption": read_captions}[task]
-    items = read(data, images, annotations)[:limit or None]
-    if not items:
-        raise UserError(f"{data}: no questions in it")
-    began, answers = time.time(), []
-    for start in tqdm(range(0, len(items), batch), desc=f"{task} {blind or ''}", mininterval=5):
-        some = items[start:start + batch]
-        shown = items[start + 1:start + 1 + len(some)] if blind == "swapped" else some
-        shown = (shown + items)[:len(some)]               # the last one borrows the first one's picture
-        words = [prompt if task == "caption" else f"{item['question']}\n{PROMPTS[task]}" for item in some]
-        answers += reply(model, words, [item["image"] for item in shown], blind == "zeroed")
-    result = {"vqa": score_exact, "pope": score_pope, "caption": score_attributes}[task](items, answers)
-    return result | {"task": task, "data": str(data), "blind": blind, "prompt": prompt or PROMPTS.get(task),
-                     "decoding": "greedy", "answered": len(answers), "seconds": round(time.time() - began, 1),
-                     "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, answers)]}
+def evaluate(model, task, paths, images, prompt=None, blind=None, batch=32, limit=0, likelihood=False,
+             max_new_tokens=128, keep=None, world=None, submission=None):
+    """-> {score, metric, parts, unparsed, answered, ..., answers}. keep: where answers are kept until all are there,
+    `keep`.RANK.jsonl for each process; world: of engine.join, to share the work."""
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    items = benchmarks.read(task, images, *paths)[:limit or None]
+    about = {"task": task, "data": [str(path) for path in paths], "prompt": prompt, "blind": blind,
+             "likelihood": likelihood, "decoding": "greedy", "limit": limit}
+    began, answers = time.time(), kept(keep, about)
+    todo = [n for n in range(len(items)) if n not in answers][rank::size]
+    if size > 1:
+        dist.barrier()                                    # all have read before one writes
+    with open(f"{keep}.{rank}.jsonl" if keep else "/dev/null", "a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
+        for start in tqdm(range(0, len(todo), batch), desc=f"{task} {blind or ''}", mininterval=5, disable=rank > 0):
+            numbers = todo[start:start + batch]
+            some = [items[n] for n in numbers]
+            shown = [items[(n + 1) % len(items)] for n in numbers] if blind == "swapped" else some
+            words = [item["question"] if prompt is None else prompt for item in some]
+            pictures = [io.BytesIO(item["image"]) if isinstance(item["image"], bytes) else item["image"]
+                        for item in shown]
+            said = (likeliest(model, words, pictures, [item["choices"] for item in some]) if likelihood else
+                    reply(model, words, pictures, blind == "zeroed", max_new_tokens))
+            for n, answer in zip(numbers, said):
+                answers[n] = answer
+                file.write(json.dumps({"n": n, "answer": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+    if size > 1:
+        everyone = [None] * size
+        dist.all_gather_object(everyone, answers)
+        answers = {n: answer for some in everyone for n, answer in some.items()}
+    said = [answers[n] for n in range(len(items))]
+    if submission and rank == 0:
+        benchmarks.write(task, submission, items, said)
+    return benchmarks.score(task, items, said) | about | {
+        "answered": len(said), "seconds": round(time.time() - began, 1),
+        "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, said)]}
 
 
-def reply(model, questions, images, zeroed=False, max_new_tokens=96):
-    """A batch of questions, each about one picture; None continues the picture as pretraining does. -> answers"""
+def kept(keep, about):
+    """Answers of runs that were broken off: {number: answer}. Those of other questions or settings are refused."""
+    answers = {}
+    for path in sorted(Path(keep).parent.glob(Path(keep).name + ".*.jsonl")) if keep else []:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:                            # the line that was being written when the run ended
+                continue
+            if "n" in entry:
+                answers[entry["n"]] = entry["answer"]
+            elif entry != about:
+                raise UserError(f"{path} holds answers to {entry}, this is {about}: remove it, or name another --out")
+    return answers
+
+
+def prompts_of(model, questions, images, zeroed=False):
+    """-> prompts as generate takes them, signal. '' continues the picture as pretraining does."""
     text = model.tokenizers.text
     codes, signal = see(model, images)
     if zeroed:
         codes, signal = torch.zeros_like(codes), torch.zeros_like(signal)
-    prompts = []
-    for question, code in zip(questions, codes):
-        ids = [text.bos, IMG, text.newline] if question is None else text.chat([(question, 1, None)])[0]
-        prompts.append(spell_out(ids, [0] * len(ids), [code], model.config)[0])
+    rows = [text.chat([(question, 1, None)])[0] if question else [text.bos, IMG, text.newline]
+            for question in questions]
+    return [spell_out(ids, [0] * len(ids), [code], model.config)[0] for ids, code in zip(rows, codes)], signal
+
+
+def reply(model, questions, images, zeroed=False, max_new_tokens=128):
+    """A batch of questions, each about one picture -> answers"""
+    text = model.tokenizers.text
+    prompts, signal = prompts_of(model, questions, images, zeroed)
     rows = torch.stack([t[:, 0] for t in generate(model, prompts, signal, max_new_tokens, text.eos)], dim=1)
     return [text.decode(row) for row in rows.tolist()]
 
 
-# ---------------------------------------------------------------- files and scores
-
-def find_image(folder, *names):
-    found = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-    if not found:
-        raise UserError(f"{Path(folder) / names[0]}: no such picture; --images names the folder of the pictures")
-    return found[0]
-
-
-def read_vqa(path, images, annotations):
-    answers = {entry["question_id"]: entry for entry in read_json(annotations)["annotations"]}
-    items = []
-    for entry in read_json(path)["questions"]:
-        if entry["question_id"] not in answers:
-            raise UserError(f"{annotations}: no answer to question {entry['question_id']} of {path}")
-        number, truth = entry["image_id"], answers[entry["question_id"]]
-        items.append({"id": entry["question_id"], "question": entry["question"], "kind": truth["question_type"],
-                      "truth": truth["multiple_choice_answer"],
-                      "image": find_image(images, f"{number:012d}.png", f"{number:012d}.jpg")})
-    return items
-
-
-def read_pope(path, images, _):
-    items = []
-    for number, line in enumerate(Path(need(path)).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            items.append({"id": entry["question_id"], "question": entry["text"], "truth": entry["label"],
-                          "image": find_image(images, entry["image"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: expected question_id, image, text, label ({error!r})") from None
-    return items
+@torch.inference_mode()
+def likeliest(model, questions, images, choices):
+    """For each question the letter of the choice whose text has the least mean loss as the answer"""
+    letters, (codes, signal) = [], see(model, images)
+    for question, code, seen, some in zip(questions, codes, signal, choices):
+        if not some:
+            raise UserError("--likelihood needs a benchmark with choices")
+        rows = [spell_out(*model.tokenizers.text.chat([(question, 1, words)]), [code], model.config)
+                for words in some.values()]
+        streams = Streams.of([ids for ids, _ in rows], model.config, counted=[counted for _, counted in rows])
+        streams = streams.to(seen.device)
+        hidden = model.hidden(streams, seen.expand(len(rows), -1, -1))[0]
+        at = streams.text_rows
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[at]).float(), streams.text_ids[at + 1],
+                                                 reduction="none")
+        row = streams.text_at[at] // streams.length
+        means = [loss[row == n].mean() for n in range(len(rows))]
+        letters.append(list(some)[int(torch.stack(means).argmin())])
+    return letters
 
 
-def read_captions(path, images, _):
-    return [{"id": entry["image_id"], "image": find_image(images, entry["image"]), "truth": entry["caption"]}
-            for entry in read_json(path, list)]
-
+# ---------------------------------------------------------------- the toy world's rules
 
 def score_exact(items, answers):
     """Exact match, overall and by the parts of question_type ('colour/2')"""
-    hits = defaultdict(list)
-    for item, answer in zip(items, answers):
-        right = answer.strip().rstrip(".").lower() == item["truth"].lower()
-        for part in {"all", item["kind"], *item["kind"].split("/")}:
-            hits[part].append(right)
-    parts = {part: sum(rights) / len(rights) for part, rights in sorted(hits.items())}
-    return {"score": parts.pop("all"), "metric": "exact match", "parts": parts}
+    kinds = [item["kinds"][-1] for item in items]
+    split = [item | {"kinds": [kind, *kind.split("/")]} for item, kind in zip(items, kinds)]
+    return scores.score_each("exact match", lambda answer, truth: answer.strip().rstrip(".").lower() == truth[0],
+                             split, answers)
 
 
-def score_pope(items, answers):
-    """POPE's rule: the first sentence without commas; No, not or no make it a no. Positive is yes."""
-    words = [set(re.split(r"\W+", answer.split(".")[0].replace(",", ""))) for answer in answers]
-    said = [not {"No", "not", "no"} & some for some in words]
-    truth = [item["truth"] == "yes" for item in items]
-    hits = sum(a and b for a, b in zip(said, truth))
-    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(truth))
-    return {"score": 2 * precision * recall / max(1e-9, precision + recall), "metric": "F1",
-            "parts": {"accuracy": sum(a == b for a, b in zip(said, truth)) / len(truth), "precision": precision,
-                      "recall": recall, "yes": sum(said) / len(said)}}
-
-
-def score_attributes(items, answers):
-    """Share of captions of which every stated thing is true, and of those that name all things. Statements are what
-    stands between 'and': the toy world's captions, where a thing's words and place make up a statement."""
-    true, full = [], []
-    for item, answer in zip(items, answers):
-        truth = item["truth"][0].split(" and ")
-        stated = [part.strip() for part in answer.split(" and ")]
-        true.append(all(holds(part, truth) for part in stated))
-        full.append(sorted(stated) == sorted(truth))
-    return {"score": sum(true) / len(true), "metric": "captions wholly true",
-            "parts": {"all named": sum(full) / len(full)}}
+def score_statements(items, answers):
+    """Share of captions of which every stated thing is true; part: of those that name all things. Statements are what
+    stands between 'and': in the toy world's captions a thing's words and its place make up a statement."""
+    truths = [item["truth"][0].split(" and ") for item in items]
+    stated = [[part.strip() for part in answer.split(" and ")] for answer in answers]
+    named = [sorted(some) == sorted(truth) for some, truth in zip(stated, truths)]
+    result = scores.result("captions wholly true", items, [
+        float(all(holds(part, truth) for part in some)) for some, truth in zip(stated, truths)])
+    return result | {"parts": {"all named": sum(named) / len(named)}}
 
 
 def holds(statement, truth):
@@ -178,6 +206,11 @@ def holds(statement, truth):
     row, column = (xa, xb) if ya == yb else None, (ya, yb) if xa == xb else None
     return {"left of": row == ("left", "right"), "right of": row == ("right", "left"),
             "above": column == ("top", "bottom"), "below": column == ("bottom", "top")}[match[2]]
+
+
+_, WORD, _, ANSWERS, PLAIN = TASKS["vqav2"]
+TASKS["exact"] = (benchmarks.read_vqa, WORD, score_exact, ANSWERS, PLAIN)
+TASKS["statements"] = (benchmarks.read_captions, "Describe the image.", score_statements, benchmarks.CAPTIONS, ("{}",))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def questions(model, folder, limit):
     results = {}
     for split, (asked, answers) in paths.items():
         for blind in (None, "swapped", "zeroed") if split == "held_out" else (None,):
-            result = evaluate(model, "vqa", folder / asked, folder / "images", folder / answers, None, blind, 64, limit)
+            files = [folder / asked, folder / answers]
+            result = evaluate(model, "exact", files, folder / "images", None, blind, 64, limit)
             results[f"{split}_{blind}" if blind else split] = {"score": result["score"], "parts": result["parts"]}
             if split == "held_out" and not blind:
                 given = result["answers"]
@@ -44,14 +45,14 @@ def questions(model, folder, limit):
     for (kind, _), n in by_kind.items():
         best[kind] = max(best[kind], n)
     results["held_out_majority"] = {"score": sum(best.values()) / len(truth)}
-    pope = evaluate(model, "pope", folder / "held_out_pope.json", folder / "images", batch=64, limit=limit)
+    pope = evaluate(model, "pope", [folder / "held_out_pope.json"], folder / "images", batch=64, limit=limit)
     results["existence"] = {"f1": pope["score"], **pope["parts"]}
     return results, given
 
 
 def foreign(model, folder):
     """Pictures of the same kind by another renderer -> right answers, questions, what it said"""
-    result = evaluate(model, "vqa", folder / "questions.json", folder / "images", folder / "annotations.json")
+    result = evaluate(model, "exact", [folder / "questions.json", folder / "annotations.json"], folder / "images")
     return {"right": round(result["score"] * result["answered"]), "asked": result["answered"],
             "answers": [item["answer"] for item in result["answers"]]}
 
@@ -63,9 +64,9 @@ def frozen(llama, model):
 
 
 def captions(base, tuned, folder, limit):
-    data = folder / "held_out_captions.json"
-    before = evaluate(base, "caption", data, folder, batch=64, limit=limit)
-    after = evaluate(tuned, "caption", data, folder, prompt=DESCRIBE, batch=64, limit=limit)
+    data = [folder / "held_out_captions.json"]
+    before = evaluate(base, "statements", data, folder, prompt="", batch=64, limit=limit)
+    after = evaluate(tuned, "statements", data, folder, prompt=DESCRIBE, batch=64, limit=limit)
     return {name: {"true": r["score"], **r["parts"]} for name, r in (("pretrained", before), ("tuned", after))}
 
 

@@ -197,18 +197,61 @@ def test_completion_keeps_what_is_given(toy, base):
 
 
 def test_evaluate(toy, base, tuned, tmp_path):
-    held = toy / "eval/held_out"
-    images = toy / "eval/images"
-    for blind in ("", "--blind swapped", "--blind zeroed"):
-        run("evaluate.py", "--task vqa --data", f"{held}_questions.json", "--annotations", f"{held}_annotations.json",
-            "--images", images, "--model", tuned, "--limit 8 --out", tmp_path / "vqa.json", blind)
-        result = json.loads((tmp_path / "vqa.json").read_text())
-        assert result["answered"] == 8 and 0 <= result["score"] <= 1 and len(result["answers"]) == 8
-    run("evaluate.py", "--task pope --data", f"{held}_pope.json", "--images", images, "--model", tuned, "--limit 2")
-    run("evaluate.py", "--task caption --data", f"{held}_captions.json", "--images", toy / "eval", "--model", base,
-        "--limit 2")
-    wrong = ["--task pope --data", f"{held}_pope.json", "--images", toy, "--model", tuned]
-    assert "no such picture" in run("evaluate.py", *wrong, ok=False)
+    """Blind baselines; broken off and gone on with, and shared by two processes: the same answers"""
+    held, images = toy / "eval/held_out", toy / "eval/images"
+    words = ["--task exact --data", f"{held}_questions.json", f"{held}_annotations.json", "--images", images, "--model",
+             tuned, "--limit 16 --batch 4 --max-new-tokens 6"]
+    results = {}
+    for name, more in (("all", ""), ("swapped", "--blind swapped"), ("zeroed", "--blind zeroed")):
+        run("evaluate.py", *words, "--out", tmp_path / name, more)
+        results[name] = json.loads((tmp_path / name).read_text())
+        assert results[name]["answered"] == 16 and "colour/1" in results[name]["parts"]
+    assert {path.name for path in tmp_path.iterdir()} == {"all", "swapped", "zeroed"}
+    about = {key: results["all"][key] for key in ("task", "data", "prompt", "blind", "likelihood", "decoding", "limit")}
+    kept = [json.dumps(about)] + [json.dumps({"n": n, "answer": f"kept {n}"}) for n in (3, 5)] + ['{"n": 7, "ans']
+    (tmp_path / "part.0.0.jsonl").write_text("\n".join(kept))
+    run("evaluate.py", *words, "--out", tmp_path / "part", "--submission", tmp_path / "submission.json", processes=2)
+    part = json.loads((tmp_path / "part").read_text())["answers"]
+    expected = [answer["answer"] for answer in results["all"]["answers"]]
+    expected[3], expected[5] = "kept 3", "kept 5"
+    assert [answer["answer"] for answer in part] == expected
+    assert len(json.loads((tmp_path / "submission.json").read_text())) == 16
+    (tmp_path / "part.0.0.jsonl").write_text(kept[0])
+    said = run("evaluate.py", *words, "--blind zeroed --out", tmp_path / "part", ok=False)
+    assert "holds answers to" in said and "remove it" in said
+    pope = ["--images", images, "--model", tuned, "--limit 2 --task pope --data", f"{held}_pope.json"]
+    assert "F1" in run("evaluate.py", *pope, f"{held}_pope.json")
+    run("evaluate.py", "--task statements --data", f"{held}_captions.json", "--images", toy / "eval", "--model", base,
+        "--limit 2 --max-new-tokens 4")
+    assert "no such picture" in run("evaluate.py", *pope, "--images", toy, ok=False)
+
+
+def test_choices_by_likelihood(toy, tuned, tmp_path):
+    """SEED by likelihood: the letter whose text has the least loss, against one pass of the loss for each choice"""
+    from benchmarks import read
+    from evaluate import likeliest
+    from generation import see
+    from model import Libra
+    from streams import Streams
+    from text import spell_out
+    choices = {"a": "red", "b": "a blue square", "c": "large", "d": "two"}
+    questions = [{"question_id": n, "question_type_id": 1, "data_type": "image", "data_id": f"{n:06d}.jpg",
+                  "question": "What is it?", "answer": "B", **{f"choice_{k}": v for k, v in choices.items()}}
+                 for n in range(3)]
+    (tmp_path / "seed.json").write_text(json.dumps({"questions": questions, "question_type": {"kind": 1}}))
+    items = read("seed", toy / "chats/images", tmp_path / "seed.json")
+    model = Libra.from_pretrained(tuned).eval()
+    letters = likeliest(model, [item["question"] for item in items], [item["image"] for item in items],
+                        [item["choices"] for item in items])
+    for item, letter in zip(items, letters):
+        codes, signal = see(model, [item["image"]])
+        losses = []
+        for words in item["choices"].values():
+            ids, counted = spell_out(*model.tokenizers.text.chat([(item["question"], 1, words)]), codes, model.config)
+            losses.append(float(model.loss(Streams.of([ids], model.config, counted=[counted]), signal)))
+        assert "ABCD".index(letter) == losses.index(min(losses))
+    run("evaluate.py", "--task seed --likelihood --data", tmp_path / "seed.json", "--images", toy / "chats/images",
+        "--model", tuned)
 
 
 def test_looking_at_a_dataset(toy, tmp_path):
