@@ -17,11 +17,11 @@ LIMIT = --limit 8
 endif
 
 # The recipes of the small world. Those of the paper are the scripts' defaults.
-TOKENIZER = --steps 600 --batch 32 --warmup 30 --lr 1e-3 --select-layers 1 4 --embed-dim 128 --codebook-size 256 \
-	--z-channels 128 --ch 32 --ch-mult 1 1 2 2 --num-res-blocks 1 --num-attn-heads 2 --attn-resolutions 7 \
-	--disc-start 500 --sample-every 100
-PRETRAIN = --steps 1000 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.3 --vision-down-ratio 1
-SFT = --steps 1600 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
+TOKENIZER = --steps 2600 --batch 16 --warmup 30 --lr 7e-4 --select-layers 1 3 --embed-dim 128 --codebook-size 256 \
+	--z-channels 128 --ch 32 --ch-mult 1 1 2 2 --num-res-blocks 0 --num-attn-heads 2 --attn-resolutions 7 \
+	--entropy-weight 0.5 --disc-start 2450 --disc-weight 0.2 --sample-every 500
+PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.35 --vision-down-ratio 1
+SFT = --steps 1400 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 demo: $(VENV)/run
 	@date +%s > .demo-began

@@ -309,7 +309,7 @@ class ImageTokenizerConfig:
     quantizer: str = "lfq"
 
     def __post_init__(self):
-        check_types(self, "image tokenizer")
+        check_types(self, "image tokenizer", at_least={"num_res_blocks": 0})
         if known := set(self.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
             raise UserError(f"image tokenizer: the sizes of its CLIP lack or have too much: {sorted(known)}")
         size, patch = self.clip["image_size"], self.clip["patch_size"]

@@ -261,8 +261,8 @@ def main():
     parser.add_argument("--captions", type=int, default=12_000, help="pictures with captions (default: %(default)s)")
     parser.add_argument("--chats", type=int, default=12_000, help="pictures with conversations (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=2_000, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--llama-steps", type=int, default=1_800, help="updates of the LLaMA (default: %(default)s)")
-    parser.add_argument("--clip-steps", type=int, default=800, help="updates of the CLIP (default: %(default)s)")
+    parser.add_argument("--llama-steps", type=int, default=1_700, help="updates of the LLaMA (default: %(default)s)")
+    parser.add_argument("--clip-steps", type=int, default=600, help="updates of the CLIP (default: %(default)s)")
     args = parser.parse_args()
 
     def chats(folder):
