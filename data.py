@@ -332,19 +332,20 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
     samples = Samples(sources, recipe)
     batches = Batches(Order(sources, seed, state=state), batch, micro_batch, rank, world)
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate,
-                                       pin_memory=pin, persistent_workers=workers > 0), batches
+                                       pin_memory=pin, persistent_workers=workers > 0,
+                                       generator=torch.Generator()), batches                 # the run's is left alone
 
 
 # ---------------------------------------------------------------- looking at a dataset before a run
 
 def check(files, images, llm, most, max_length):
     """Print what the readers make of up to `most` samples of each file: kinds, sizes, lengths, what cannot be used and
-    why, three examples with the text that counts in [brackets]."""
+    why, three examples of a file with the text that counts in [brackets]."""
     text = Text(Path(llm) / "tokenizer.model")
     config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
-    recipe, bad, sizes, lengths, shown = Recipe(text, config, 14, max_length), Counter(), [], [], []
+    recipe, bad, sizes, lengths, examples = Recipe(text, config, 14, max_length), Counter(), [], [], []
     for path in expand(files):
-        source = open_source(path, images)
+        source, shown = open_source(path, images), 0
         places = [place for part in range(max(1, -(-len(source.entries) // SHARD)))
                   for place in list_shard([source], (0, part))]
         for place in places[:most]:
@@ -356,7 +357,9 @@ def check(files, images, llm, most, max_length):
                 print(f"  {error.cause}: {error.name}")
                 continue
             lengths.append(sum(config.image_tokens if i == IMG else 1 for i in sample["ids"]))
-            shown = (shown + [(sample["name"], label(text, sample["ids"], sample["counted"]))])[:3]
+            if shown < 3 and len(examples) < 12:
+                examples.append(f"{sample['name']}: {label(text, sample['ids'], sample['counted'])}")
+                shown += 1
         print(f"{path}: {source.kind}, {len(places)} samples, {min(most, len(places))} read")
     if sizes:
         wide, high = zip(*sizes)
@@ -365,8 +368,8 @@ def check(files, images, llm, most, max_length):
         lengths.sort()
         print(f"tokens with images of {config.image_tokens}: {lengths[0]} to {lengths[-1]}, half of the samples up to "
               f"{lengths[len(lengths) // 2]}; cut at {max_length}")
-    for name, words in shown:
-        print(f"\n{name}: {words}")
+    for words in examples:
+        print(f"\n{words}")
     total = len(lengths) + sum(bad.values())
     print(f"\n{sum(bad.values())} of {total} samples cannot be used"
           + "".join(f", {cause} {n}" for cause, n in bad.most_common()))

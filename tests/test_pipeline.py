@@ -248,7 +248,7 @@ def test_choices_by_likelihood(toy, tuned, tmp_path):
         losses = []
         for words in item["choices"].values():
             ids, counted = spell_out(*model.tokenizers.text.chat([(item["question"], 1, words)]), codes, model.config)
-            losses.append(float(model.loss(Streams.of([ids], model.config, counted=[counted]), signal)))
+            losses.append(model.loss(Streams.of([ids], model.config, counted=[counted]), signal).item())
         assert "ABCD".index(letter) == losses.index(min(losses))
     run("evaluate.py", "--task seed --likelihood --data", tmp_path / "seed.json", "--images", toy / "chats/images",
         "--model", tuned)
