@@ -1,6 +1,7 @@
 # make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds
 # make test        a virtual environment, the packages, the linter, all tests
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
+# make ablate      Table 3: Libra and seven rows, three seeds; hours
 # make clean-demo  remove the demo's files
 
 PYTHON ?= python3
@@ -52,6 +53,11 @@ demo-seeds: demo
 	done
 	$(RUN) report.py --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
+# Table 3 at half the demo's steps, three seeds of eight rows: about four hours
+ablate: demo
+	$(RUN) ablate.py --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
+		--pretrain "$(PRETRAIN) --steps 550 $(BRIEF)" --sft "$(SFT) --steps 700 $(BRIEF)"
+
 clean-demo:
 	rm -rf $(TOY)
 
@@ -68,4 +74,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds clean-demo test
+.PHONY: demo demo-seeds ablate clean-demo test

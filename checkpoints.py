@@ -107,13 +107,15 @@ class Checkpoints:
                 return path
         return None
 
-    def resume(self, wanted, models, optimizers):
+    def resume(self, wanted, models, optimizers, must=False):
         """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
         newest = self.newest() if wanted else None
         if newest is None:
             if any(self.out.glob("checkpoint-*[0-9]")):
                 raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
                                 + ": --resume goes on with it, another --out begins anew, or remove them")
+            if must:
+                raise UserError(f"--export: {self.out} holds no checkpoint; give --resume and the run's --out")
             return 0, None
         self.world.say(f"going on from {newest}")
         return self.load(newest, models, optimizers)
@@ -161,7 +163,7 @@ def agreed(mine, world):
 
 
 def random_state():
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -170,7 +172,7 @@ def set_random_state(state):
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class Stop:

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import re
+import signal
 import sys
 import tarfile
 from collections import Counter
@@ -243,6 +244,7 @@ class Recipe:
     text_to_image: float = 0.0     # share of captions that stand before their image, drawn without E_c (Sec. 4.3)
     caption_end: bool = True       # </s> behind captions
     system: str = None
+    image_loss: bool = True        # False: image tokens are no targets, Table 3 (a)
 
     def __call__(self, source, place, epoch):
         """-> {ids, counted, pixels (n, 3, R, R), drawn, name}; raises Bad"""
@@ -256,6 +258,7 @@ class Recipe:
             draw = np.random.default_rng(key).random() < self.text_to_image
             most = self.max_length - self.config.image_tokens - 3
             ids, counted = self.text.caption(clean_caption(words, name), self.caption_end, not draw, most)
+            counted = [label and (self.image_loss or i != IMG) for i, label in zip(ids, counted)]
         try:
             ids, counted = cut(ids, counted, self.max_length, self.config.image_tokens, name)
         except UserError:
@@ -290,6 +293,9 @@ class Batch:
     bad: Counter                   # cause -> number
     listed: list                   # (cause, name)
 
+    def pin_memory(self):
+        return replace(self, pixels=self.pixels.pin_memory(), drawn=self.drawn.pin_memory())
+
     def to(self, device):
         pixels, drawn = (t.to(device, non_blocking=True) for t in (self.pixels, self.drawn))
         return replace(self, streams=self.streams.to(device), pixels=pixels, drawn=drawn)
@@ -307,6 +313,8 @@ class Samples(torch.utils.data.Dataset):
             return self.recipe(self.sources[place[0]], place, epoch)
         except Bad as bad:
             return bad
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:          # an entry of another shape
+            return Bad(type(error).__name__, f"{self.sources[place[0]].path}: {place[1]}")
 
     def collate(self, samples):
         r = self.recipe.resolution
@@ -327,12 +335,18 @@ class Samples(torch.utils.data.Dataset):
         return Streams.of([ids for ids, _ in rows], c, counted=[counted for _, counted in rows])
 
 
+def quiet(_):
+    """A worker leaves Ctrl-C and SIGTERM to its trainer, who ends the step and saves; they reach the whole group."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0, state=None, pin=False):
     """-> (DataLoader of Batch, its Batches): an endless stream of this rank's micro-batches from a state on"""
     samples = Samples(sources, recipe)
     batches = Batches(Order(sources, seed, state=state), batch, micro_batch, rank, world)
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate,
-                                       pin_memory=pin, persistent_workers=workers > 0,
+                                       pin_memory=pin, persistent_workers=workers > 0, worker_init_fn=quiet,
                                        generator=torch.Generator()), batches                 # the run's is left alone
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import barrier
@@ -135,7 +135,7 @@ def join(device, timeout=10, group=False):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no GPU is visible here; --device cpu runs without one")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if (size > 1 or group) and not dist.is_initialized():
         store = None if size > 1 else dist.HashStore()
@@ -185,14 +185,15 @@ def settle(module, world):
 
 def replicate(model, world):
     """Replicas that average their gradients, where there is more than one process"""
-    return DistributedDataParallel(model) if world.size > 1 else model
+    # the only buffers are running statistics, which training does not read: passing them on would break the
+    # discriminator, whose two passes share one backward
+    return DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
 
 
 def gradients_travel(model, now):
-    """Whether the next backward pass adds up the gradients of all processes: only the last pass of an update must"""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    elif isinstance(model, DistributedDataParallel):
+    """Whether the next backward pass of replicas adds up the gradients of all processes: only the last pass of an
+    update must. zero and fsdp do it every time, or each process would hold all gradients whole."""
+    if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
 
 
@@ -222,9 +223,10 @@ def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers):
     b = dtype.itemsize
     copy = b if b < 4 else 0
     if engine == "ddp":
-        return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * 4, "AdamW": trained * 8}
+        return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
+                "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
     share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
-    return {"frozen": frozen * b * (1 if engine == "zero" else max(share, whole)),
+    return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
             "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
             "AdamW": trained * 8 * share}
 
@@ -348,6 +350,5 @@ def run(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():                             # not after an error: it would wait for those who still work
+        dist.destroy_process_group()

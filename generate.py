@@ -1,6 +1,7 @@
 """Look, talk, draw (Sec. 4.3, Fig. 3, 5, 6): everything a trained Libra does with a picture.
 
     python generate.py --image cat.jpg "What is unusual here?"          # without a question: a chat
+    python generate.py --batch prompts.jsonl --out answers.jsonl        # lines {"image": FILE, "question": TEXT}
     python generate.py --draw "a red bus" --out bus.png                 # text to image, E_c = 0
     python generate.py --complete cat.jpg --rows 8 --out completed.png  # the upper rows are given, the rest is drawn
     python generate.py --reconstruct cat.jpg --out both.png             # the picture beside what its ids hold of it
@@ -12,9 +13,11 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import engine
 from engine import TOY, need
@@ -32,6 +35,8 @@ def options():
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
     g.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture to ask about; repeatable")
+    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image, answered in batches; "
+                   "to --out, one line each with an answer")
     g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining learned to, without a template")
     g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
@@ -39,8 +44,11 @@ def options():
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
     g.add_argument("--attention", metavar="FILE", help="with one --image and a question: heat maps of each layer's "
                    "attention on the picture as the answer begins, and how layers and heads differ (Fig. 4, 7)")
-    g.add_argument("--out", metavar="FILE", default="out.png", help="where a drawn picture goes")
+    g.add_argument("--out", metavar="FILE", default="out.png", help="where a drawn picture, or the answers, go")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
+    g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
+    g.add_argument("--verbose", action="store_true", help="print tokens/s, and what reading the weights allows")
+    g.add_argument("--batch-size", type=int, default=16, help="prompts of --batch answered at a time")
     g = parser.add_argument_group("how")
     g.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
     g.add_argument("--temperature", type=float, default=None, help="0 is greedy; None: 0 for text, 1 for pictures")
@@ -68,6 +76,8 @@ def main():
         picture, psnr = reconstruct(model, args.reconstruct)
         save(picture, args.out)
         print(f"PSNR {psnr:.2f} dB")
+    elif args.batch:
+        batch(model, args, sampling)
     elif args.caption:
         print(caption(model, [args.caption], args.max_new_tokens, **sampling)[0])
     elif args.question is None:
@@ -90,11 +100,53 @@ def save(picture, path):
 
 def answer(model, args, sampling):
     began = time.perf_counter()
-    text = stream(model, [(args.question, len(args.image), None)], args.image, args.max_new_tokens,
-                  None if args.json else sys.stdout, **sampling)
+    text, tokens = stream(model, prompt_of(model, [(args.question, len(args.image), None)], args.raw), args.image,
+                          args.max_new_tokens, None if args.json else sys.stdout, **sampling)
+    seconds = time.perf_counter() - began
     if args.json:
         print(json.dumps({"question": args.question, "images": args.image, "answer": text,
-                          "seconds": round(time.perf_counter() - began, 3)}, ensure_ascii=False))
+                          "seconds": round(seconds, 3)}, ensure_ascii=False))
+    if args.verbose:
+        size = sum(p.nbytes for module in model.llama() for p in module.parameters())
+        print(f"{tokens} tokens in {seconds:.2f} s with the prompt: {tokens / seconds:.1f} a second. A token of text "
+              f"reads the LLaMA's {size / 1e9:.3f} GB once: memory of B GB/s allows B / {size / 1e9:.3f} a second")
+
+
+def prompt_of(model, turns, raw=False):
+    """-> ids, counted of a chat's turns, or of the last question's words alone behind its pictures"""
+    text = model.tokenizers.text
+    if not raw:
+        return text.chat(turns)
+    words, images, _ = turns[-1]
+    ids = [text.bos] + [IMG, text.newline] * images + text.plain(words)[1:]
+    return ids, [0] * len(ids)
+
+
+def batch(model, args, sampling):
+    """A file of prompts -> a file of answers, in their order, with all that stood in the line"""
+    lines = []
+    for number, line in enumerate(need(Path(args.batch)).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            entry["question"] + "", entry.get("image", "") + ""
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{args.batch}, line {number}: expected {{"question": TEXT}}, perhaps with "image": FILE '
+                            f"({error!r})") from None
+        lines.append(entry)
+    text = model.tokenizers.text
+    with open(args.out, "w", encoding="utf-8") as out:
+        for start in tqdm(range(0, len(lines), args.batch_size), desc="batches"):
+            some = lines[start:start + args.batch_size]
+            codes, signal = see(model, [entry["image"] for entry in some if "image" in entry])
+            codes, prompts = iter(codes), []
+            for entry in some:
+                turn = [(entry["question"], int("image" in entry), None)]
+                prompts.append(spell_out(*prompt_of(model, turn, args.raw), [next(codes) for _ in range(turn[0][1])],
+                                         model.config)[0])
+            rows = list(generate(model, prompts, signal, args.max_new_tokens, text.eos, **sampling))
+            for entry, row in zip(some, torch.stack(rows, dim=1)[..., 0].tolist()):
+                out.write(json.dumps(entry | {"answer": text.decode(row)}, ensure_ascii=False) + "\n")
+    print(f"{args.out}: {len(lines)} answers")
 
 
 @torch.no_grad()
@@ -139,11 +191,11 @@ def show_attention(model, question, image, path, side=168, wide=4):
     save(page, path)
 
 
-def stream(model, turns, images, max_new_tokens, out=None, **sampling):
-    """Answer the open last turn; `out` gets the words as they come. -> the answer"""
+def stream(model, prompt, images, max_new_tokens, out=None, **sampling):
+    """Continue a prompt (ids, counted); `out` gets the words as they come. -> the answer, its number of tokens"""
     text = model.tokenizers.text
     codes, signal = see(model, images)
-    prompt = spell_out(*text.chat(turns), codes, model.config)[0]
+    prompt = spell_out(*prompt, codes, model.config)[0]
     ids, shown = [], ""
     for token in generate(model, [prompt], signal, max_new_tokens, text.eos, **sampling):
         ids.append(int(token[0, 0]))
@@ -155,7 +207,7 @@ def stream(model, turns, images, max_new_tokens, out=None, **sampling):
     words = text.decode(ids)
     if out:
         out.write(words[len(shown):] + "\n")
-    return words
+    return words, len(ids)
 
 
 def chat(model, images, max_new_tokens, **sampling):
@@ -179,7 +231,8 @@ def chat(model, images, max_new_tokens, **sampling):
         elif line:
             try:
                 asked = turns + [(line, len(waiting), None)]
-                words = stream(model, asked, shown + waiting, max_new_tokens, sys.stdout, **sampling)
+                words, _ = stream(model, prompt_of(model, asked), shown + waiting, max_new_tokens, sys.stdout,
+                                  **sampling)
                 turns, shown, waiting = asked[:-1] + [(*asked[-1][:2], words)], shown + waiting, []
             except UserError as error:
                 print(error)

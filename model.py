@@ -9,7 +9,6 @@ hybrid input, its two kinds of heads and its loss, cached generation, and how we
 Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V text vocabulary,
 K codebooks of N codes, G grid side, C width of the contiguous signal; n_text and n_image tokens in the two streams.
 """
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
 from generation import generate, see
-from streams import IMAGE, TEXT
+from streams import IMAGE
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
 from weights import UserError, assign, read_folder, save_tensors, write_json
@@ -145,73 +146,6 @@ class Attention(nn.Module):
         return route(self, "o_proj", streams.split(out.transpose(1, 2).flatten(2), x))
 
 
-def plain_attention(q, views, is_image, mask=None):
-    """Eq. 3-5 as they stand, with the L x L matrices written out: for reading, for tests, for looking at the maps.
-
-    q (B, H, L, d), the last of the keys; views {modality: (keys, values) as that modality's queries see them};
-    is_image (B, L) bool; mask (B, 1, 1, keys) where rows differ in length -> outputs (B, H, L, d), maps (B, H, L, keys)
-    """
-    image_query = is_image[:, None, :, None]
-    groups = q.shape[1] // next(iter(views.values()))[0].shape[1]
-
-    def pick(f):                                          # row by row, the view of the query's modality
-        text, image = (f(*(t.repeat_interleave(groups, dim=1) for t in views.get(m, next(iter(views.values())))))
-                       for m in (TEXT, IMAGE))
-        return torch.where(image_query, image, text)
-    scores = pick(lambda k, v: q @ k.transpose(2, 3)) / math.sqrt(q.shape[-1])                # Eq. 4
-    many, keys = scores.shape[-2:]
-    seen = torch.ones(many, keys, dtype=torch.bool, device=q.device).tril(keys - many)
-    maps = scores.masked_fill(~(seen if mask is None else seen & mask), -torch.inf).softmax(dim=-1)   # Eq. 1, Tril
-    return pick(lambda k, v: maps @ v), maps                                                  # Eq. 5
-
-
-def routed_attention(q, views, streams, mask=None):
-    """Eq. 3-5 on stock kernels, without a score matrix (the paper's limitation, Sec. D.2).
-
-    A stretch of queries of one modality sees the keys before it all in one way: that is plain causal attention of its
-    queries, over one view of the keys. Rows whose images stand at the same places go together. For one image behind a
-    few tokens this is a square call over the prefix and a call of the text tail over everything: the cost of one
-    causal attention. Shapes as in plain_attention; mask (B, 1, 1, keys) when decoding rows of different lengths.
-    """
-    if len(views) == 1:
-        (k, v), = views.values()
-        return causal_attention(q, k, v, mask)
-    if sum(len(cuts) for _, cuts in streams.groups) > MOST_CALLS:
-        text, image = (causal_attention(q, *views[m], mask) for m in (TEXT, IMAGE))
-        return torch.where(streams.is_image[:, None, :, None], image, text)
-    keys = views[TEXT][0].shape[2]
-    out = []
-    for rows, cuts in streams.groups:
-        rows = slice(None) if rows is None else rows
-        parts = []
-        for modality, start, end in cuts:
-            k, v = (t[rows, :, :keys - q.shape[2] + end] for t in views[modality])            # the cache, and up to end
-            parts.append(causal_attention(q[rows, :, start:end], k, v, None if mask is None else mask[rows]))
-        out.append(torch.cat(parts, dim=2))
-    if len(out) == 1:
-        return out[0]
-    return torch.cat(out)[torch.cat([rows for rows, _ in streams.groups]).argsort()]
-
-
-MOST_CALLS = 32    # beyond it two calls over everything are faster than many short ones
-
-
-def causal_attention(q, k, v, mask=None):
-    """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
-    square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
-    many, keys, block = q.shape[2], k.shape[2], 256
-    gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
-    if many == keys or many == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=many > 1, **gqa)
-    parts = []
-    for start in range(0, many, block):
-        end = min(start + block, many)
-        seen = keys - many + end
-        allowed = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril(seen - (end - start))
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], allowed, **gqa))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
 class FFN(nn.Module):
     """Eq. 2: SwiGLU, twice"""
 
@@ -275,9 +209,11 @@ class Libra(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
             nn.Linear(c.hidden_size, c.vision_vocab_size, bias=False) for _ in range(c.vision_codebook_num))})
+        if c.contiguous_targets:
+            self.vision_regression = nn.Linear(c.hidden_size, c.contiguous_signal_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.tokenizers = None
+        self.tokenizers, self.checkpoint_activations = None, False
         for leaf in self.leaves():
             initialise(leaf)
 
@@ -309,11 +245,7 @@ class Libra(nn.Module):
         e_d = torch.cat([bank(ids[:, k]) for k, bank in enumerate(m.vision_embed_tokens)], dim=-1)     # (n_image, D)
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
-            if signal.dim() == 3:
-                signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)                            # zero at BOI and EOI
-            if len(signal) != len(ids):
-                raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {len(ids)}")
-            e_c = signal.to(e_d.dtype)
+            e_c = by_token(signal, len(ids)).to(e_d.dtype)
         x_image = torch.cat([e_d, e_c], dim=-1)                                               # Eq. 9
         image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
         return [text if len(text) or torch.is_grad_enabled() else None, image]
@@ -325,7 +257,10 @@ class Libra(nn.Module):
         positions = start + torch.arange(streams.length, device=streams.order.device)
         rope = rope_table(self.config, positions, self.lm_head.weight.dtype)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, streams, rope, cache, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():   # only x is kept
+                x = checkpoint(block, x, streams, rope, use_reentrant=False)
+            else:
+                x = block(x, streams, rope, cache, layer)
         return route(self.model, "norm", x)
 
     def logits(self, streams, signal=None):
@@ -342,11 +277,23 @@ class Libra(nn.Module):
         if read:
             return self.lm_head(text).argmax(-1)
         rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
-        image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
-                                  for k, head in enumerate(self.vision_lm_head.heads)])
+        if self.config.contiguous_targets:
+            unused = sum(head(image[:0]).sum() for head in self.vision_lm_head.heads)         # gradient zero, not none
+            image_loss = (self.regress(image, streams, signal) + 0 * unused).expand(self.config.vision_codebook_num)
+        else:
+            image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
+                                      for k, head in enumerate(self.vision_lm_head.heads)])
         rows = streams.text_rows
         text_loss = F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum")
         return text_loss, image_loss
+
+    def regress(self, image, streams, signal):
+        """Table 3 (b): the sum over counted targets of the mean squared distance to the next token's E_c, normalised
+        token by token; EOI has none."""
+        rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
+        target = by_token(signal, len(image))[rows + 1].float()
+        target = F.layer_norm(target, target.shape[-1:])
+        return (self.vision_regression(image[rows]).float() - target).square().mean(-1).sum()
 
     def loss(self, streams, signal=None):
         """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
@@ -414,6 +361,15 @@ class Libra(nn.Module):
                 shutil.copyfile(self.tokenizers.text.path, folder / "tokenizer.model")
             self.tokenizers.image.save_pretrained(folder / "image_tokenizer")
         write_json(folder / "config.json", self.config.to_dict())
+
+
+def by_token(signal, tokens):
+    """E_c of whole images (n_images, G*G, C), or token by token already -> (n_image, C), zero at BOI and EOI"""
+    if signal.dim() == 3:
+        signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)
+    if len(signal) != tokens:
+        raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {tokens}")
+    return signal
 
 
 def initialise(leaf):

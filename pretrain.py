@@ -43,12 +43,20 @@ def options():
     g = parser.add_argument_group("the visual part")
     g.add_argument("--vision-down-ratio", type=int, default=4, help="rank of expert matrices: output / this")
     g.add_argument("--bridge-rank", type=int, default=8, help="rank of the cross-modal bridge (Eq. 5)")
+    g = parser.add_argument_group("Table 3, each one switch away from Libra")
+    g.add_argument("--language-only", action="store_true", help="(a) image tokens are no targets")
+    g.add_argument("--contiguous-targets", action="store_true", help="(b) image positions regress the next one's E_c")
+    g.add_argument("--no-expert", action="store_true", help="(d) image tokens use the LLaMA's weights, no bridge")
+    g.add_argument("--no-bridge", action="store_true", help="(e) both modalities see the same keys and values")
+    g.add_argument("--discrete-only", action="store_true", help="(f) E_c is zero")
     return parser
 
 
 def main():
     args = options().parse_args()
-    sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank}
+    sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank,
+             "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
+             "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
     if args.plan:
         return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer, **sizes), "pretrain")
     world = engine.start(args)
@@ -57,7 +65,7 @@ def main():
     for module in model.llama():
         module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
-                    args.seed, args.text_to_image, not args.no_caption_end)
+                    args.seed, args.text_to_image, not args.no_caption_end, image_loss=not args.language_only)
     train(args, world, model, recipe)
 
 
@@ -65,13 +73,15 @@ def train(args, world, model, recipe):
     """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
     engine.choose_engine(args, world, model)
     out = engine.save_recipe(args, world)
+    model.checkpoint_activations = args.checkpoint_activations
     wrapped = engine.distribute(model, model.model.layers, args, world)
+    model.tokenizers.image.to(world.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = engine.adamw(trained, args)
     checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
     bad, peak, flops = engine.BadSamples(out, args.max_bad), engine.peak(args, world), plan.flops_of(
         model, model.tokenizers.image.config)
-    start, state = checkpoints.resume(args.resume, [model], [optimizer])
+    start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
@@ -133,6 +143,7 @@ def update(args, world, step, model, wrapped, optimizer, trained, micro):
     norm = engine.clip(trained, args.clip_norm)
     sums = engine.total(sums, world)
     if not torch.isfinite(norm) or not torch.isfinite(sums).all():
+        optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

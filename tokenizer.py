@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from config import check_types
+from vqgan import Decoder, Encoder
 from weights import UserError, assign, read_folder, read_json, read_tensors, read_yaml, save_tensors, select, write_json
 
 # ---------------------------------------------------------------- pixels
@@ -214,80 +215,6 @@ class VQ(nn.Module):
 QUANTIZERS = {"lfq": LFQ, "vq": VQ}
 
 
-# ---------------------------------------------------------------- VQGAN decoder
-
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttnBlock(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads, self.norm = heads, norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)             # (B, heads, h*w, d)
-                   for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
-        return x + self.proj_out(h)
-
-
-class Decoder(nn.Module):
-    """taming-transformers' decoder. The last upsampling goes to `resolution`, by a fraction if need be (192 -> 336)."""
-
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, z_channels, grid, resolution, heads):
-        super().__init__()
-        self.resolution = resolution
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttnBlock(width, heads),
-                                  "block_2": ResBlock(width, width)})
-        levels, size = [], grid
-        for level in reversed(range(len(ch_mult))):
-            up = nn.Module()
-            up.block, up.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                up.block.append(ResBlock(width, ch * ch_mult[level]))
-                width = ch * ch_mult[level]
-                if size in attn_resolutions:
-                    up.attn.append(AttnBlock(width, heads))
-            if level:
-                up.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-                size *= 2
-            levels.insert(0, up)                                                              # up.0 is the finest
-        self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, z):                                                                     # (B, z_channels, G, G)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))
-        for level in reversed(range(len(self.up))):
-            up = self.up[level]
-            for i, block in enumerate(up.block):
-                h = block(h)
-                if len(up.attn):
-                    h = up.attn[i](h)
-            if level:
-                size = self.resolution if level == 1 else 2 * h.shape[-1]
-                h = up.upsample.conv(F.interpolate(h, size=(size, size), mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))                                        # (B, 3, R, R)
-
-
 # ---------------------------------------------------------------- the image tokenizer
 
 @dataclass
@@ -307,6 +234,7 @@ class ImageTokenizerConfig:
     attn_resolutions: tuple = (24,)
     num_attn_heads: int = 8
     quantizer: str = "lfq"
+    encoder: str = "clip"                                 # scratch: the VQGAN's own, trained along, Table 3 (g)
 
     def __post_init__(self):
         check_types(self, "image tokenizer", at_least={"num_res_blocks": 0})
@@ -319,8 +247,9 @@ class ImageTokenizerConfig:
         if not self.select_layers or not all(0 <= i <= self.clip["num_hidden_layers"] for i in self.select_layers):
             raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has the states 0 "
                             f"(its embedding) to {self.clip['num_hidden_layers']} (its last layer)")
-        if self.quantizer not in QUANTIZERS:
-            raise UserError(f"image tokenizer: quantizer is {self.quantizer!r}, expected one of {list(QUANTIZERS)}")
+        for name, known in (("quantizer", list(QUANTIZERS)), ("encoder", ["clip", "scratch"])):
+            if getattr(self, name) not in known:
+                raise UserError(f"image tokenizer: {name} is {getattr(self, name)!r}, expected one of {known}")
         tables = self.num_codebooks if self.quantizer == "vq" else 1
         for whole, part, why in ((self.embed_dim, tables, "codebooks of VQ"),
                                  (self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
@@ -331,6 +260,8 @@ class ImageTokenizerConfig:
 
     @property
     def signal_size(self):
+        if self.encoder == "scratch":
+            return self.z_channels
         return self.clip["hidden_size"] * len(self.select_layers)                             # C
 
 
@@ -340,7 +271,11 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.encoder = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
+        if c.encoder == "scratch":
+            self.encoder = Encoder(c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.z_channels, c.grid,
+                                   c.num_attn_heads)
+        else:
+            self.encoder = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
         self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
         self.quantize = QUANTIZERS[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
@@ -353,6 +288,8 @@ class ImageTokenizer(nn.Module):
 
     def signal(self, pixels):
         """pixels (B, 3, R, R), normalised as CLIP's -> E_c (B, G*G, C), row by row, the class token dropped"""
+        if self.config.encoder == "scratch":
+            return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
         states = self.clip.hidden_states(pixels, max(self.config.select_layers))
         return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
 

@@ -84,8 +84,9 @@ def write_chats(folder, images, count, seed):
 
 
 def write_evaluation(folder, count, seed):
-    """Held-out scenes: questions and annotations as VQAv2's, yes/no as POPE's, captions as COCO Karpathy's. The unseen
-    pairs stand apart. Question types carry the kind and the number of objects: 'colour/2'."""
+    """Held-out scenes: questions and annotations as VQAv2's, yes/no as POPE's, captions as COCO Karpathy's; the
+    questions also as GQA's and, with four choices, as SEED-Bench's. The unseen pairs stand apart. Question types carry
+    the kind and the number of objects: 'colour/2'."""
     random = np.random.default_rng([seed, 5])
     (folder / "images").mkdir()
     for split, total in (("held out", count), ("unseen pair", count // 4)):
@@ -120,6 +121,28 @@ def write_evaluation(folder, count, seed):
         write_json(folder / f"{stem}_annotations.json", {"annotations": answers})
         write_json(folder / f"{stem}_captions.json", captions)
         (folder / f"{stem}_pope.json").write_text("".join(json.dumps(line) + "\n" for line in pope))
+        write_json(folder / f"{stem}_gqa.json", {str(q["question_id"]): {
+            "question": q["question"], "imageId": f"{q['image_id']:012d}", "answer": a["multiple_choice_answer"],
+            "types": dict(zip(("structural", "semantic"), a["question_type"].split("/")))}
+            for q, a in zip(asked, answers)})
+        write_json(folder / f"{stem}_seed.json", {"questions": choices(seed, asked, answers),
+                                                  "question_type": {kind: n for n, kind in enumerate(world.KINDS)}})
+
+
+def choices(seed, asked, answers):
+    """The questions that have four answers to choose from, as SEED-Bench's"""
+    random, said, chosen = np.random.default_rng([seed, 9]), {}, []
+    for answer in answers:
+        said.setdefault(answer["question_type"].split("/")[0], set()).add(answer["multiple_choice_answer"])
+    for question, answer in zip(asked, answers):
+        kind, right = answer["question_type"].split("/")[0], answer["multiple_choice_answer"]
+        if len(others := sorted(said[kind] - {right})) >= 3:
+            shown = [others[i] for i in random.choice(len(others), 3, replace=False)]
+            shown.insert(at := int(random.integers(4)), right)
+            chosen.append({"question_id": question["question_id"], "question_type_id": world.KINDS.index(kind),
+                           "data_type": "image", "data_id": f"{question['image_id']:012d}", "answer": "ABCD"[at],
+                           "question": question["question"], **{f"choice_{c}": w for c, w in zip("abcd", shown)}})
+    return chosen
 
 
 # ---------------------------------------------------------------- the stand-ins

@@ -139,7 +139,7 @@ LISTS = ("select_layers", "ch_mult", "attn_resolutions")
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     g = parser.add_argument_group("what is trained, on what")
-    g.add_argument("--clip", metavar="DIR", dest="encoder", default=TOY / "clip", help="Hugging Face CLIP folder")
+    g.add_argument("--clip", metavar="DIR", dest="clip_folder", default=TOY / "clip", help="Hugging Face CLIP folder")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
                    help="img2dataset shards; captions are not read")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
@@ -153,6 +153,8 @@ def options():
         g.add_argument(option, type=int, default=published[name], help="see tokenizer.py")
     g.add_argument("--quantizer", choices=("lfq", "vq"), default=published["quantizer"],
                    help="vq: learned tables, the baseline that fails in Fig. 2")
+    g.add_argument("--encoder", choices=("clip", "scratch"), default=published["encoder"],
+                   help="scratch: the VQGAN's own, trained along, at the CLIP's resolution (Table 3 g)")
     for name in LISTS:
         g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=published[name],
                        help="see tokenizer.py")
@@ -171,14 +173,15 @@ def options():
 
 def new_tokenizer(args):
     """A tokenizer over the CLIP of --clip; all but CLIP is new"""
-    sizes = read_clip_sizes(need(args.encoder))
+    sizes = read_clip_sizes(need(args.clip_folder))
     tokenizer = ImageTokenizer(ImageTokenizerConfig(
         clip=sizes, resolution=sizes["image_size"], grid=sizes["image_size"] // sizes["patch_size"],
-        **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer")}))
-    with torch.device("meta"):
-        tokenizer.encoder.vision_tower.vision_model = type(tokenizer.clip)(**sizes)
-    assign(tokenizer.clip, read_clip_weights(args.encoder, torch.float32), args.encoder)
-    tokenizer.clip.requires_grad_(False)
+        **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer", "encoder")}))
+    if args.encoder == "clip":
+        with torch.device("meta"):
+            tokenizer.encoder.vision_tower.vision_model = type(tokenizer.clip)(**sizes)
+        assign(tokenizer.clip, read_clip_weights(args.clip_folder, torch.float32), args.clip_folder)
+        tokenizer.clip.requires_grad_(False)
     return tokenizer
 
 
@@ -219,10 +222,10 @@ class Trained(nn.Module):
         perplexity = torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
         return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
 
-    def forward(self, signal):
-        """E_c -> reconstruction (B, 3, R, R), ids, the quantizer's losses"""
+    def forward(self, pixels):
+        """pixels (B, 3, R, R) -> reconstruction (B, 3, R, R), ids, the quantizer's losses"""
         c, quantize = self.tokenizer.config, self.tokenizer.quantize
-        quantized, ids, projected = self.tokenizer.quantized(signal)
+        quantized, ids, projected = self.tokenizer.quantized(self.tokenizer.signal(pixels))
         with torch.autocast(projected.device.type, enabled=False):        # 100 times a square: no place for bfloat16
             losses = (lfq_loss(projected, c.codebook_size, entropy_weight=self.entropy_weight)
                       if c.quantizer == "lfq" else vq_loss(projected.float(), quantize.vectors(ids)))
@@ -234,6 +237,8 @@ def main():
     world = engine.start(args)
     tokenizer = new_tokenizer(args).to(world.device)
     discriminator = Discriminator().to(world.device)
+    if bool(args.vgg) != bool(args.lpips):
+        raise UserError("LPIPS needs both --vgg and --lpips; without them the loss is L1 alone")
     lpips = LPIPS(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
     recipe = Pictures(tokenizer.config.resolution, args.seed)
     train(args, world, tokenizer, discriminator, lpips, recipe)
@@ -248,7 +253,7 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
     bad = engine.BadSamples(out, args.max_bad)
-    start, state = checkpoints.resume(args.resume, models, optimizers)
+    start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
@@ -287,9 +292,7 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
     """One update of the generator, and of the discriminator once it has joined. -> numbers, ids, reconstructions"""
     target, adversarial = to_rgb(pixels), step >= args.disc_start
     with world.autocast():
-        with torch.no_grad():
-            signal = tokenizer.signal(pixels)
-        xrec, ids, code = wrapped(signal)
+        xrec, ids, code = wrapped(pixels)
     xrec = xrec.float()
     l1 = F.l1_loss(xrec, target)
     nll = l1 + args.perceptual_weight * lpips(xrec, target) if lpips else l1

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-import model as model_file
+import attention
 from config import LibraConfig
 from model import Block, Libra, RMSNorm, rope_table
 from streams import IMAGE, TEXT, Streams
@@ -90,7 +90,7 @@ KINDS = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"use_bridge"
 def test_interleavings_equal_the_loops(case, monkeypatch):
     g = torch.Generator().manual_seed(case)
     model = tiny.libra(case, **(SMALL | KINDS[case % len(KINDS)])).double()
-    monkeypatch.setattr(model_file, "MOST_CALLS", (0, 16)[case % 2])      # both ways of routed_attention
+    monkeypatch.setattr(attention, "MOST_CALLS", (0, 16)[case % 2])      # both ways of routed_attention
     rows = [tiny.interleaved(model.config, n, g, most=3) for n in torch.randint(4, (2,), generator=g).tolist()]
     ids, mask = pad(rows, left=case % 3 == 0)
     signal = tiny.signals(model.config, rows, g).double()
@@ -332,3 +332,24 @@ def test_one_layer_at_full_width():
 def test_norm_keeps_float64():
     x = torch.randn(3, 8, dtype=torch.float64)
     assert RMSNorm(8, 1e-6).double()(x).dtype == torch.float64
+
+
+def test_contiguous_supervision_as_a_loop():
+    """Table 3 (b): every counted code's normalised E_c is regressed by the token before it; EOI has none"""
+    generator = torch.Generator().manual_seed(3)
+    model = tiny.libra(contiguous_targets=True).double()
+    c = model.config
+    rows = [tiny.interleaved(c, n, generator) for n in (1, 2)]
+    counted = [(row[:, 0] >= c.vocab_size) & (row[:, 0] != c.vocab_size + c.codes) for row in rows]
+    signal = tiny.signals(c, rows, generator).double()
+    streams = Streams.of(rows, c, counted=counted)
+    image = model.hidden(streams, signal)[1]
+    expected, number = 0.0, 0
+    for i, ids in enumerate(streams.image_ids[1:].tolist()):
+        if ids[0] < c.codes:                              # a code; the token before it is BOI or a code of the image
+            target = signal[i + 1] - signal[i + 1].mean()
+            target = target / (target.square().mean() + 1e-5).sqrt()
+            expected, number = expected + (model.vision_regression(image[i]) - target).square().mean(), number + 1
+    loss = model(streams, signal)[1]
+    assert number == 3 * (c.image_tokens - 2)
+    assert torch.allclose(loss, expected.expand(c.vision_codebook_num), rtol=1e-5)

@@ -21,7 +21,8 @@ TOKENIZER = ("--select-layers 2 4 --embed-dim 64 --codebook-size 256 --z-channel
 
 def run(script, *words, processes=1, ok=True):
     """-> what a script prints; it must end well, or with one sentence and no traceback"""
-    words = [word for part in words for word in (part.split() if isinstance(part, str) else [str(part)])]
+    words = [word for part in words for word in (
+        part.split() if isinstance(part, str) else part if isinstance(part, tuple) else [str(part)])]
     start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, *start, script, *words], cwd=ROOT, env=environment, capture_output=True,
@@ -106,6 +107,18 @@ def whole_state(checkpoint):
     return found
 
 
+@pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch"])
+def test_other_tokenizers(toy, tmp_path, words):
+    """Fig. 2's and Table 3 (g)'s: trained, and read back by pretraining"""
+    run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out", tmp_path / "t",
+        TOKENIZER, "--steps 2", words, processes=2)
+    run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", tmp_path / "t", "--data", toy / "captions/*.tar",
+        "--out", tmp_path / "p", "--steps 1 --warmup 1 --batch 4")
+    tensors = load_file(tmp_path / "p/image_tokenizer/model.safetensors")
+    assert ("quantize.tables" in tensors) == ("vq" in words)
+    assert ("encoder.conv_in.weight" in tensors) == ("scratch" in words)
+
+
 def test_tokenizer_stage(toy, tokenizer):
     lines = log(tokenizer)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7] and all(line["psnr"] > 0 for line in lines)
@@ -160,6 +173,22 @@ def test_instruction_tuning_trains_all(base, tuned):
     assert all(torch.equal(images[0][name], images[1][name]) for name in images[0])
 
 
+@pytest.mark.parametrize("switch", ["language-only", "contiguous-targets", "no-expert", "no-bridge", "discrete-only"])
+def test_ablations_are_one_switch(toy, pretrain, tmp_path, switch):
+    """Table 3: the switch reaches the folder, the LLaMA stays frozen, tuning goes on from it, also on two processes"""
+    run("pretrain.py", *pretrain, f"--steps 2 --{switch} --text-to-image 0 --out", tmp_path / "base",
+        processes=1 + (switch == "contiguous-targets"))
+    libra, llama = load_file(tmp_path / "base/model.safetensors"), load_file(toy / "llama/model.safetensors")
+    assert all(torch.equal(libra[name], tensor) for name, tensor in llama.items())
+    config, last = json.loads((tmp_path / "base/config.json").read_text()), log(tmp_path / "base")[-1]
+    assert any("bridge" in name for name in libra) == (switch not in ("no-expert", "no-bridge"))
+    assert any("self_attn.vision_q" in name for name in libra) == (switch != "no-expert")
+    assert (last["image"] == 0) == (switch == "language-only")
+    assert config["discrete_only"] == (switch == "discrete-only")
+    run("sft.py", "--model", tmp_path / "base", "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
+        "--out", tmp_path / "sft", "--steps 1 --batch 2 --warmup 1")
+
+
 def test_generate(toy, base, tuned, tmp_path):
     picture = toy / "chats/images/000000.jpg"
     few = "--max-new-tokens 5"
@@ -167,6 +196,16 @@ def test_generate(toy, base, tuned, tmp_path):
     line = json.loads(run("generate.py", "--model", tuned, "--image", picture, few, "--json", "What?").splitlines()[-1])
     assert line["question"] == "What?" and isinstance(line["answer"], str)
     run("generate.py", "--model", base, "--caption", picture, few)
+    assert "tokens in" in run("generate.py", "--model", base, "--image", picture, few, "--raw --verbose", "red")
+    asked = [{"id": n, "question": "What?"} | ({"image": str(picture)} if n % 2 else {}) for n in range(5)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    for size in (1, 4):
+        run("generate.py", "--model", tuned, "--batch", tmp_path / "asked.jsonl", few, "--batch-size", size, "--out",
+            tmp_path / f"{size}.jsonl")
+    one, four = ([json.loads(row) for row in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in (1, 4))
+    assert one == four and [row["id"] for row in one] == list(range(5)) and one[1]["answer"] == line["answer"]
+    (tmp_path / "asked.jsonl").write_text('{"question": 3}')
+    assert "asked.jsonl, line 1" in run("generate.py", "--model", tuned, "--batch", tmp_path / "asked.jsonl", ok=False)
     said = run("generate.py", "--model", tuned, "--image", picture, few, "What?", "--attention", tmp_path / "maps.png")
     assert len(re.findall(r"^ +[0-3] +0\.\d+ +0\.\d+$", said, re.M)) == 4
     assert Image.open(tmp_path / "maps.png").size == (4 * 168, 168 + 18 + 160)
@@ -224,6 +263,21 @@ def test_evaluate(toy, base, tuned, tmp_path):
     run("evaluate.py", "--task statements --data", f"{held}_captions.json", "--images", toy / "eval", "--model", base,
         "--limit 2 --max-new-tokens 4")
     assert "no such picture" in run("evaluate.py", *pope, "--images", toy, ok=False)
+
+
+def test_the_same_questions_in_other_formats(toy, tuned, tmp_path):
+    """GQA's and SEED-Bench's files of the toy world; the scores against a count of the raw files"""
+    for task in ("gqa", "seed"):
+        run("evaluate.py", "--task", task, "--data", toy / f"eval/held_out_{task}.json", "--model", tuned,
+            "--images", toy / "eval/images", "--max-new-tokens 6 --batch 16 --out", tmp_path / task)
+        result = json.loads((tmp_path / task).read_text())
+        raw = json.loads((toy / f"eval/held_out_{task}.json").read_text())
+        truth = ([entry["answer"] for entry in raw.values()] if task == "gqa" else
+                 [entry["answer"] for entry in raw["questions"]])
+        said = [answer["answer"].strip() for answer in result["answers"]]
+        said = [answer.rstrip(".").lower() for answer in said] if task == "gqa" else said
+        assert len(said) == len(truth) > 10
+        assert abs(result["score"] - sum(a == b for a, b in zip(said, truth)) / len(truth)) < 1e-12
 
 
 def test_choices_by_likelihood(toy, tuned, tmp_path):
@@ -291,6 +345,20 @@ def test_the_report_judges_itself(toy, base, tuned):
     said = run("report.py", "--mean", toy, toy)
     seeds = json.loads((toy / "seeds.json").read_text())
     assert "questions, 3 objects" in said and seeds["drawing, colour"]["values"] == [report["drawing"]["colour"]] * 2
+
+
+def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
+    """Two rows of Table 3, trained, measured, in a table and a picture; a second call finds all of it there"""
+    shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("pretrain", "sft", "checkpoint*"))
+    words = ["--toy", tmp_path / "toy", "--out", tmp_path / "ablation", "--seeds 0 --rows libra d --limit 23"]
+    for _ in range(2):
+        said = run("ablate.py", *words, ("--pretrain=--steps 2 --batch 4 --warmup 1",),
+                   ("--sft=--steps 2 --batch 4",))
+        rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
+        assert rows["Libra"].split("|")[2].strip() == "1" and rows["(e) no bridge"].split("|")[2].strip() == "0"
+    result = json.loads((tmp_path / "ablation/d-0/result.json").read_text())
+    assert len(result["differences"][0]) == 4 and result["text perplexity"] > 1 and result["image loss"] > 1
+    assert Image.open(tmp_path / "ablation/ablation.png").size == (1000, 760)
 
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):

@@ -79,6 +79,7 @@ def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F8
     (tmp_path / "model.safetensors").unlink()
     run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # what step 6 was
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
+    assert "holds no checkpoint" in run("pretrain.py", *pretrain, "--export --out", tmp_path / "none", ok=False)
     name = "model.layers.0.self_attn.vision_q_proj.weight_A"
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
 
@@ -200,6 +201,25 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path
 
 
 # ---------------------------------------------------------------- the plan
+
+def test_checkpointed_layers_keep_less_and_learn_the_same():
+    config = LibraConfig(vocab_size=300, hidden_size=64, intermediate_size=172, num_hidden_layers=6,
+                         num_attention_heads=4, max_position_embeddings=256, vision_vocab_size=66,
+                         image_feature_resolution=8, contiguous_signal_size=64)
+    streams, model = plan.batch_of(config, 2, 40, "pretrain"), Libra(config)
+    signal, found = torch.randn(len(streams.image_ids), 64), []
+    for again in (False, True):
+        model.checkpoint_activations = again
+        kept = plan.Kept(model.parameters())
+        with kept.hooks:
+            loss = model.loss(streams, signal)
+        model.zero_grad()
+        loss.backward()
+        found.append((kept.bytes, [p.grad for p in model.parameters()]))
+    planned = plan.activations(config, streams, True, torch.float32, True)
+    assert found[1][0] < 0.2 * found[0][0] and found[1][0] < planned < 0.6 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
 
 @pytest.mark.parametrize("tune", [False, True])
 def test_plan_counts_what_torch_counts(tune):

@@ -1,0 +1,238 @@
+"""Table 3, Fig. 2, 3a and 4 at toy size: Libra and its ablations, each one switch away, over several seeds.
+
+    make ablate                          # on the demo's files; hours on two cores. Broken off, it goes on where it was
+    python ablate.py --show              # only the table and the picture of what is there
+
+Same data, steps and seeds for all rows. runs/ablation/ gets a folder for each row and seed, table.md and ablation.png.
+"""
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import engine
+from data import Recipe, loader, open_source
+from engine import TOY
+from evaluate import evaluate
+from generate import attention, attention_difference, complete
+from model import Libra
+from report import completions, drawings, reconstructions
+from streams import Streams
+from tokenizer import ImageTokenizer, open_image
+from toy import training_text
+from weights import read_json, write_json
+from world import DESCRIBE, scenes
+
+ROWS = {   # name: options of pretrain.py; the paper's VQAv2, GQA, VizWiz, MME, POPE, SEED
+    "Libra": ("", (77.3, 63.8, 59.5, 1494.7, 88.2, 62.7)),
+    "(a) language loss only": ("--language-only", (77.0, 60.8, 52.9, 1465.5, 86.0, 58.8)),
+    "(b) contiguous targets": ("--contiguous-targets", (77.2, 60.5, 53.3, 1473.4, 85.2, 58.2)),
+    "(c) 6 % of the data": ("", (67.8, 54.9, 48.8, 1189.8, 82.1, 51.8)),
+    "(d) no expert": ("--no-expert", (77.0, 61.4, 50.8, 1450.2, 85.9, 58.4)),
+    "(e) no bridge": ("--no-bridge", (76.3, 61.4, 53.6, 1458.4, 86.0, 59.6)),
+    "(f) discrete input": ("--discrete-only", (65.0, 53.1, 38.6, 1127.8, 80.3, 48.5)),
+    "(g) encoder from scratch": ("", (67.2, 55.7, 40.6, 1148.4, 80.7, 50.8))}
+COLUMNS = {"questions": "{:.3f}", "captions": "{:.3f}", "existence F1": "{:.3f}", "image loss": "{:.3f}",
+           "text perplexity": "{:.4f}", "completed": "{:.3f}", "drawn": "{:.3f}", "M weights": "{:.2f}",
+           "minutes": "{:.1f}"}
+
+
+def run(script, *words):
+    command = [sys.executable, script, *(word for some in words for word in
+                                         (shlex.split(some) if isinstance(some, str) else [str(some)]))]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def train(args, name, seed, folder):
+    """Pretraining and tuning of one row"""
+    toy, words = args.toy, ROWS[name][0]
+    data, eye = f"'{toy}/captions/*.tar'", toy / "tokenizer"
+    if name.startswith("(c)"):
+        data = few(toy, args.out, 0.06)
+    if name.startswith("(g)"):
+        eye = tokenizer(args, "scratch", "--encoder scratch")
+    if not (folder / "pretrain/model.safetensors").exists():
+        run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", eye, "--data", data, "--out",
+            folder / "pretrain", "--seed", seed, "--resume", args.pretrain, words)
+    run("sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
+        "--out", folder / "sft", "--seed", seed, "--resume", args.sft)
+
+
+def few(toy, out, share):
+    """One shard with the first samples of the demo's -> its path"""
+    path = out / "few.tar"
+    if not path.exists():
+        sources = sorted((toy / "captions").glob("*.tar"))
+        with tarfile.open(sources[0]) as first, tarfile.open(path.with_suffix(".tmp"), "w") as kept:
+            members = first.getmembers()
+            for member in members[:int(share * len(sources) * len(members) / 3) * 3]:
+                kept.addfile(member, first.extractfile(member))
+        path.with_suffix(".tmp").rename(path)
+    return path
+
+
+def tokenizer(args, name, words):
+    """An image tokenizer by another recipe, trained once -> its folder"""
+    folder = args.out / f"tokenizer-{name}"
+    if not (folder / "model.safetensors").exists():
+        run("train_tokenizer.py", "--clip", args.toy / "clip", "--data", f"'{args.toy}/captions/*.tar'", "--out",
+            folder, "--resume", args.tokenizer, words)
+    return folder
+
+
+# ---------------------------------------------------------------- what a row is worth
+
+@torch.no_grad()
+def image_loss(model, folder):
+    """Mean loss of the held-out pictures' ids"""
+    recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, 700)
+    batches, _ = loader([open_source(folder / "held_out_captions.json", str(folder))], recipe, 32, 32, 0)
+    total = count = 0
+    for _, batch in zip(range(8), batches):
+        codes, signal = model.tokenizers.image.encode(batch.pixels)
+        total += model(batch.streams.with_images(codes), signal)[1].mean().item()
+        count += len(batch.streams.image_rows)
+    return total / count
+
+
+@torch.no_grad()
+def perplexity(model):
+    """Of the answers in text without pictures: the stand-in LLaMA's maps and the talk about them, held out"""
+    random, text, rows = np.random.default_rng(11), model.tokenizers.text, []
+    source = scenes(random, "held out")
+    for _ in range(200):
+        rows.append(training_text(next(source), random, text))
+    ids = [torch.tensor(ids)[:, None].expand(-1, model.config.vision_codebook_num) for ids, _ in rows]
+    counted = [torch.tensor(counted, dtype=torch.bool) for _, counted in rows]
+    return float(model.loss(Streams.of(ids, model.config, counted=counted)).exp())
+
+
+def differences(model, folder, count=100):
+    """Fig. 4, 7: cross-layer and inner-layer difference over `count` questions"""
+    asked = read_json(folder / "held_out_questions.json")["questions"][:count]
+    maps = [attention(model, q["question"], folder / "images" / f"{q['image_id']:012d}.png") for q in asked]
+    return [x.tolist() for x in attention_difference(torch.cat(maps, dim=1))]
+
+
+def measure(args, name, seed, folder, minutes):
+    base, tuned = (Libra.from_pretrained(folder / stage).eval() for stage in ("pretrain", "sft"))
+    files = [args.toy / "eval" / f"held_out_{kind}.json" for kind in ("questions", "annotations")]
+    images, some = args.toy / "eval/images", {"batch": 64, "limit": args.limit}
+    result = {
+        "questions": evaluate(tuned, "exact", files, images, **some)["score"],
+        "captions": evaluate(tuned, "statements", [args.toy / "eval/held_out_captions.json"], args.toy / "eval",
+                             prompt=DESCRIBE, **some)["score"],
+        "existence F1": evaluate(tuned, "pope", [args.toy / "eval/held_out_pope.json"], images, **some)["score"],
+        "text perplexity": perplexity(tuned), "minutes": minutes, "M weights": sum(
+            p.numel() for p in tuned.parameters()) / 1e6, "differences": differences(tuned, args.toy / "eval")}
+    if name[:3] not in ("(a)", "(b)"):                    # these do not learn to predict ids
+        result |= {"image loss": image_loss(base, args.toy / "eval"),
+                   "completed": completions(base, 100, seed)[0]["cells"],
+                   "drawn": drawings(base, 100, seed)[0]["colour_shape"]}
+    write_json(folder / "result.json", result)
+
+
+# ---------------------------------------------------------------- what there is to see
+
+def table(args):
+    """Mean and spread over seeds, the paper's row beside it -> table.md"""
+    lines = ["| row | seeds | " + " | ".join(COLUMNS) + " | paper: VQAv2, GQA, VizWiz, MME, POPE, SEED |",
+             "|" + "---|" * (len(COLUMNS) + 3)]
+    for name, (_, paper) in ROWS.items():
+        results = results_of(args, name)
+        cells = []
+        for column, form in COLUMNS.items():
+            values = [result[column] for result in results if column in result]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and column != "M weights" else ""
+            cells.append(form.format(statistics.mean(values)) + spread if values else "-")
+        lines.append(f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {', '.join(map(str, paper))} |")
+    for name in ("lfq", "vq"):
+        if (path := args.out / f"reconstruction-{name}.json").exists():
+            seen = read_json(path)
+            lines.append(f"\nFig. 2, {name}: PSNR {seen['psnr']:.2f} dB, colour survives {seen['drawn_colour']:.3f}, "
+                         f"shape {seen['drawn_shape']:.3f}, codes in use {min(seen['codes_used']):.2f}")
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def results_of(args, name):
+    paths = [args.out / f"{slug(name)}-{seed}" / "result.json" for seed in args.seeds]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def slug(name):
+    return name[1] if name.startswith("(") else name.lower()
+
+
+def picture(args):
+    """Fig. 3a: pictures completed with and without bridge; Fig. 4b, c: attention differences with and without expert"""
+    page, font = Image.new("RGB", (1000, 760), "white"), ImageFont.load_default(14)
+    pen, y = ImageDraw.Draw(page), 10
+    files = [args.toy / "eval/images" / f"{n:012d}.png" for n in range(2, 10)]
+    for name in ("Libra", "(e) no bridge"):
+        folder = args.out / f"{slug(name)}-{args.seeds[0]}" / "pretrain"
+        if (folder / "model.safetensors").exists():
+            pen.text((10, y), f"completed from the upper three of seven rows: {name}", "black", font)
+            drawn = complete(Libra.from_pretrained(folder).eval(), files, 3, temperature=0.3, seed=0)
+            for n, pair in enumerate(zip(map(open_image, files), drawn)):
+                for m, one in enumerate(pair):
+                    page.paste(one.resize((100, 100)), (10 + n * 120, y + 22 + m * 102))
+            y += 240
+    for which, title in enumerate(("cross-layer attention difference", "inner-layer attention difference")):
+        left = 20 + which * 490
+        pen.text((left, y), title, "black", font)
+        for name, ink in (("Libra", "blue"), ("(d) no expert", "red")):
+            curves = np.array([result["differences"][which] for result in results_of(args, name)])
+            if len(curves):
+                mean, n = curves.mean(0), curves.shape[1]
+                points = [(left + i * 420 / max(1, n - 1), y + 220 - 190 * v / max(1e-9, 1.3 * curves.max()))
+                          for i, v in enumerate(mean)]
+                pen.line(points, ink, 3)
+                pen.text((left + (0 if ink == "blue" else 120), y + 224), name, ink, font)
+    page.save(args.out / "ablation.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of rows, table and picture")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each row for each")
+    parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], metavar="ROW",
+                        help="libra, a to g; None: all")
+    parser.add_argument("--tokenizer", default="", metavar="WORDS", help="options of train_tokenizer.py")
+    parser.add_argument("--pretrain", default="", metavar="WORDS", help="options of pretrain.py")
+    parser.add_argument("--sft", default="", metavar="WORDS", help="options of sft.py")
+    parser.add_argument("--limit", type=int, default=600, help="questions and captions that are scored")
+    parser.add_argument("--show", action="store_true", help="only table and picture")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in [] if args.show else args.seeds:
+        for name in ROWS:
+            folder = args.out / f"{slug(name)}-{seed}"
+            if args.rows and slug(name) not in args.rows or (folder / "result.json").exists():
+                continue
+            began = time.time()
+            print(f"{name}, seed {seed}", flush=True)
+            train(args, name, seed, folder)
+            measure(args, name, seed, folder, (time.time() - began) / 60)
+    for name in () if args.show or args.rows else ("lfq", "vq"):
+        folder = args.toy / "tokenizer" if name == "lfq" else tokenizer(args, name, "--quantizer vq")
+        tokens = ImageTokenizer.from_pretrained(folder)
+        write_json(args.out / f"reconstruction-{name}.json", reconstructions(
+            SimpleNamespace(tokenizers=SimpleNamespace(image=tokens)), max(50, args.limit), 0))
+    table(args)
+    picture(args)
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,80 @@
+"""Attention whose keys look different to text and to image queries (Eq. 3-5), in two forms that agree.
+
+`plain_attention` is the equations as they stand, with their L x L matrices; `routed_attention` is the same on stock
+kernels without a score matrix, at the cost of one causal attention for an image behind a few tokens.
+
+Letters: B rows, L positions, H heads, d head_dim; a view is (keys, values) as queries of one modality see them.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from streams import IMAGE, TEXT
+
+
+def plain_attention(q, views, is_image, mask=None):
+    """Eq. 3-5 as they stand, with the L x L matrices written out: for reading, for tests, for looking at the maps.
+
+    q (B, H, L, d), the last of the keys; views {modality: (keys, values) as that modality's queries see them};
+    is_image (B, L) bool; mask (B, 1, 1, keys) where rows differ in length -> outputs (B, H, L, d), maps (B, H, L, keys)
+    """
+    image_query = is_image[:, None, :, None]
+    groups = q.shape[1] // next(iter(views.values()))[0].shape[1]
+
+    def pick(f):                                          # row by row, the view of the query's modality
+        text, image = (f(*(t.repeat_interleave(groups, dim=1) for t in views.get(m, next(iter(views.values())))))
+                       for m in (TEXT, IMAGE))
+        return torch.where(image_query, image, text)
+    scores = pick(lambda k, v: q @ k.transpose(2, 3)) / math.sqrt(q.shape[-1])                # Eq. 4
+    many, keys = scores.shape[-2:]
+    seen = torch.ones(many, keys, dtype=torch.bool, device=q.device).tril(keys - many)
+    maps = scores.masked_fill(~(seen if mask is None else seen & mask), -torch.inf).softmax(dim=-1)   # Eq. 1, Tril
+    return pick(lambda k, v: maps @ v), maps                                                  # Eq. 5
+
+
+def routed_attention(q, views, streams, mask=None):
+    """Eq. 3-5 on stock kernels, without a score matrix (the paper's limitation, Sec. D.2).
+
+    A stretch of queries of one modality sees the keys before it all in one way: that is plain causal attention of its
+    queries, over one view of the keys. Rows whose images stand at the same places go together. For one image behind a
+    few tokens this is a square call over the prefix and a call of the text tail over everything: the cost of one
+    causal attention. Shapes as in plain_attention; mask (B, 1, 1, keys) when decoding rows of different lengths.
+    """
+    if len(views) == 1:
+        (k, v), = views.values()
+        return causal_attention(q, k, v, mask)
+    if sum(len(cuts) for _, cuts in streams.groups) > MOST_CALLS:
+        text, image = (causal_attention(q, *views[m], mask) for m in (TEXT, IMAGE))
+        return torch.where(streams.is_image[:, None, :, None], image, text)
+    keys = views[TEXT][0].shape[2]
+    out = []
+    for rows, cuts in streams.groups:
+        rows = slice(None) if rows is None else rows
+        parts = []
+        for modality, start, end in cuts:
+            k, v = (t[rows, :, :keys - q.shape[2] + end] for t in views[modality])            # the cache, and up to end
+            parts.append(causal_attention(q[rows, :, start:end], k, v, None if mask is None else mask[rows]))
+        out.append(torch.cat(parts, dim=2))
+    if len(out) == 1:
+        return out[0]
+    return torch.cat(out)[torch.cat([rows for rows, _ in streams.groups]).argsort()]
+
+
+MOST_CALLS = 32    # beyond it two calls over everything are faster than many short ones
+
+
+def causal_attention(q, k, v, mask=None):
+    """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
+    square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
+    many, keys, block = q.shape[2], k.shape[2], 256
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if many == keys or many == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=many > 1, **gqa)
+    parts = []
+    for start in range(0, many, block):
+        end = min(start + block, many)
+        seen = keys - many + end
+        allowed = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril(seen - (end - start))
+        parts.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], allowed, **gqa))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
