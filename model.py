@@ -274,6 +274,7 @@ class Libra(nn.Module):
         A trainer divides by the count of its whole batch; heads run only where a label counts.
         read: instead, the likeliest next token behind each text token (n_text,)"""
         text, image = self.hidden(streams, signal)
+        text, image = (image[:0] if text is None else text), (text[:0] if image is None else image)
         if read:
             return self.lm_head(text).argmax(-1)
         rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
