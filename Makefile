@@ -2,6 +2,7 @@
 # make test        a virtual environment, the packages, the linter, all tests
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
+# make bench       speed and memory, each against something named; minutes
 # make clean-demo  remove the demo's files
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ endif
 # The recipes of the small world. Those of the paper are the scripts' defaults.
 TOKENIZER = --steps 2600 --batch 16 --warmup 30 --lr 7e-4 --select-layers 1 3 --embed-dim 128 --codebook-size 256 \
 	--z-channels 128 --ch 32 --ch-mult 1 1 2 2 --num-res-blocks 0 --num-attn-heads 2 --attn-resolutions 7 \
-	--entropy-weight 0.5 --disc-start 2450 --disc-weight 0.2 --sample-every 500
+	--entropy-weight 1 --l2-weight 5 --clip-weight 1 --disc-start 2450 --disc-weight 0.2 --sample-every 500
 PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.35 --vision-down-ratio 1
 SFT = --steps 1400 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
@@ -58,6 +59,10 @@ ablate: demo
 	$(RUN) ablate.py --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
 		--pretrain "$(PRETRAIN) --steps 550 $(BRIEF)" --sft "$(SFT) --steps 700 $(BRIEF)"
 
+# Speed and memory, as ratios; transformers is in the test environment
+bench: $(VENV)/test
+	$(RUN) bench.py --out runs/bench.json
+
 clean-demo:
 	rm -rf $(TOY)
 
@@ -74,4 +79,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate clean-demo test
+.PHONY: demo demo-seeds ablate bench clean-demo test

@@ -60,7 +60,7 @@ def train(args, name, seed, folder):
     if name.startswith("(c)"):
         data = few(toy, args.out, 0.06)
     if name.startswith("(g)"):
-        eye = tokenizer(args, "scratch", "--encoder scratch")
+        eye = tokenizer(args, "scratch", "--encoder scratch --clip-weight 0")
     if not (folder / "pretrain/model.safetensors").exists():
         run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", eye, "--data", data, "--out",
             folder / "pretrain", "--seed", seed, "--resume", args.pretrain, words)

@@ -69,8 +69,10 @@ def causal_attention(q, k, v, mask=None):
     square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
     many, keys, block = q.shape[2], k.shape[2], 256
     gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
-    if many == keys or many == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=many > 1, **gqa)
+    if many == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, **gqa)
+    if many == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     parts = []
     for start in range(0, many, block):
         end = min(start + block, many)

@@ -1,40 +1,351 @@
-"""Speed and memory, each as a ratio measured in one run against something named.
+"""Speed and memory: every row is a ratio, measured in one run against something named.
 
-    python bench.py --rows data           # reading pictures: our loader against DataLoader + PIL alone
+    python bench.py                                  # the CPU's rows (`make bench`), minutes
+    python bench.py --rows decode --sizes medium     # some of them
+    python bench.py --gpu                            # one GPU: the full 11.3 B model in bfloat16
 
-The machine is never idle enough for absolute numbers: every row times both sides in turn and gives the median ratio.
+No machine is idle enough for absolute numbers: the sides of a row run in turn, several times, and the row gives the
+median of their ratios. "Limit" is what cannot be avoided: the model's matrix products alone, at their shapes, on
+buffers that are already there, and one stock causal attention a layer.
 """
 import argparse
+import gc
 import io
 import json
+import platform
 import statistics
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import engine
+import pretrain
+from baselines import alone, by_masks, limit, products_of
 from config import LibraConfig
 from data import Recipe, loader, open_source
+from generation import generate
+from model import Libra, Tokenizers, product
+from plan import CLIP_L, flops_of
+from streams import Streams
 from text import Text
+from tokenizer import ImageTokenizer, ImageTokenizerConfig
+from weights import UserError
+
+SIZES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "vocab_size": 512, "image_feature_resolution": 7, "contiguous_signal_size": 192, "vision_vocab_size": 258},
+    "small": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+              "vocab_size": 4096, "contiguous_signal_size": 1024},
+    "medium": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16,
+               "vocab_size": 4096, "contiguous_signal_size": 1024},
+    "layer": {"num_hidden_layers": 1},
+    "full": {}}
 
 
-def turns(sides, repeat):
-    """{name: function -> seconds} timed in turn -> {name: median seconds}, spread of the ratios first / second"""
-    times = {name: [] for name in sides}
-    for f in sides.values():
-        f()                                               # warm up
-    for _ in range(repeat):
-        for name, f in sides.items():
-            times[name].append(f())
-    one, two = times.values()
-    ratios = sorted(a / b for a, b in zip(one, two))
-    return {name: statistics.median(t) for name, t in times.items()}, ratios
+# ---------------------------------------------------------------- measuring
 
+class Bench:
+    """Where and how often to measure; collects the rows."""
+
+    def __init__(self, device="cpu", dtype=torch.float32, repeat=5):
+        self.device, self.dtype, self.repeat, self.rows = torch.device(device), dtype, repeat, []
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, f):
+        self.wait()
+        began = time.perf_counter()
+        result = f()
+        self.wait()
+        return result if isinstance(result, float) else time.perf_counter() - began
+
+    def row(self, name, size, sides, work=None, unit="s", memory=True, **more):
+        """sides: {name: function}, ours first; each is timed in turn, `repeat` times, after one warm-up. A function may
+        return the seconds itself. work: what one call does, in `unit`. Prints and keeps one row for each other side."""
+        peaks = {side: self.peak(f) for side, f in sides.items()} if memory else {}
+        if not memory:
+            for f in sides.values():
+                f()
+        times = {side: [] for side in sides}
+        for _ in range(self.repeat):
+            for side, f in sides.items():
+                times[side].append(self.seconds(f))
+        ours, *others = sides
+        for other in others or [None]:
+            row = {"row": name, "size": size, "seconds": statistics.median(times[ours]), **more}
+            if work:
+                row |= {unit: work / row["seconds"]}
+            if other:
+                ratios = sorted(b / a for a, b in zip(times[ours], times[other]))
+                row |= {"against": other, "its seconds": statistics.median(times[other]),
+                        "times as fast": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]}
+            if memory:
+                row |= {"GB": peaks[ours] / 1e9} | ({"its GB": peaks[other] / 1e9} if other else {})
+            self.rows.append(row)
+            print(line(row), flush=True)
+        return statistics.median(times[ours])
+
+    def peak(self, f):
+        """Bytes that a call takes above what is there before it, at the most; also its warm-up"""
+        gc.collect()
+        if self.device.type == "cuda":
+            f()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            f()
+            self.wait()
+            return torch.cuda.max_memory_allocated() - before
+        f()
+        before = resident("VmRSS", forget=True)
+        f()
+        return max(0, resident("VmHWM") - before)
+
+    def model(self, size, frozen=False, **changes):
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = Libra(LibraConfig(**SIZES[size] | changes))
+        model.to(self.dtype).to_empty(device=self.device)
+        for p in model.parameters():
+            nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.02)
+        for module in model.llama() if frozen else []:
+            module.requires_grad_(False)
+        return model
+
+
+def resident(field, forget=False):
+    """Bytes of this process in memory now (VmRSS) or at the most (VmHWM) since the last `forget`"""
+    if forget:
+        try:
+            import ctypes
+            ctypes.CDLL("libc.so.6").malloc_trim(0)       # what was freed goes back to the system first
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            raise UserError("peak memory on a CPU is read from Linux's /proc, which this machine lacks: leave it out "
+                            "with --no-memory") from None
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024
+
+
+def line(row):
+    """| a row | of the table |"""
+    def number(key, form):
+        return format(row[key], form) if key in row else ""
+    rate = next((f"{row[unit]:,.1f} {unit}" for unit in row if unit.endswith("/s")), "")
+    spread = f" ({row['spread'][0]:.2f}-{row['spread'][1]:.2f})" if "spread" in row else ""
+    memory = " / ".join(f"{row[key]:.2f}" for key in ("GB", "its GB") if key in row)
+    cells = (row["row"], row["size"], number("seconds", ".4g"), rate, row.get("against", ""),
+             number("its seconds", ".4g"), number("times as fast", ".2f") + spread, memory)
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = ("| what | size | seconds | rate | against | its seconds | times as fast (spread) | GB more at the peak |\n"
+        "|---|---|---|---|---|---|---|---|")
+
+
+def sequence(config, length, images=1, seed=0):
+    """<s>, whole images one after another with a token between them, text to the end -> ids (L, K), counted (L,)"""
+    g = torch.Generator().manual_seed(seed)
+    columns, parts = config.vision_codebook_num, []
+    for n in range(images):
+        edge = torch.full((1, columns), config.vocab_size + config.codes)
+        codes = torch.randint(config.codes, (config.image_tokens - 2, columns), generator=g) + config.vocab_size
+        parts += [torch.full((1, columns), 1 if n == 0 else 5), edge, codes, edge + 1]
+    rest = length - sum(len(part) for part in parts)
+    if rest < 1:
+        raise UserError(f"{images} images do not fit into {length} tokens at this size")
+    ids = torch.cat([*parts, torch.randint(3, config.vocab_size, (rest, 1), generator=g).expand(-1, columns)])
+    counted = torch.ones(length, dtype=torch.bool)
+    counted[0] = False
+    image = ids[:, 0] >= config.vocab_size
+    counted[1:] &= image[1:] == image[:-1]
+    return ids, counted
+
+
+def batch(bench, config, rows, length, images=1):
+    """-> Streams and signal of rows alike in shape, different in content"""
+    pairs = [sequence(config, length, images, seed) for seed in range(rows)]
+    streams = Streams.of([ids for ids, _ in pairs], config, counted=[counted for _, counted in pairs])
+    signal = torch.randn(rows * images, config.image_tokens - 2, config.contiguous_signal_size)
+    return streams.to(bench.device), signal.to(bench.device, bench.dtype) if images else None
+
+
+# ---------------------------------------------------------------- the rows
+
+def step(model, forward):
+    """-> a function: forward and backward of a mean loss"""
+    def run():
+        text, image = forward()
+        ((text + image.mean()) / 1000).backward()
+        model.zero_grad(set_to_none=True)
+    return run
+
+
+def train_rows(bench, size):
+    """(a) against the limit, (b) against the authors' way: a pretraining step, LLaMA frozen"""
+    model = bench.model(size, frozen=True)
+    for rows, length, images in LAYOUTS.get(size, [(2, 640, 1)]):
+        what = batch(bench, model.config, rows, length, images)
+        ours = step(model, partial(model, *what))
+        sides = {"ours": ours, "limit (products, one causal attention)": limit(model, ours, rows, length)}
+        if size != "full":
+            sides["the authors' way (masks, two score matrices)"] = step(model, partial(by_masks, model, *what))
+        bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, sides, rows * length, "tokens/s",
+                  memory=bench.memory)
+
+
+def several(images):
+    return f"{images} image{'s' * (images > 1)}"
+
+
+LAYOUTS = {"tiny": [(16, 80, 1)], "small": [(2, 640, 1), (1, 2048, 3)]}    # rows, tokens, images
+
+
+def prefill_rows(bench, size, length=640):
+    """(e) a prompt with an image"""
+    model = bench.model(size)
+    length = length if model.config.image_tokens > 500 else length // 8
+    ids, _ = sequence(model.config, length)
+    signal = torch.randn(1, model.config.image_tokens - 2, model.config.contiguous_signal_size).to(
+        bench.device, bench.dtype)
+
+    def ours():
+        next(iter(generate(model, [ids], signal, 8)))
+    bench.row(f"prefill, L {length}, 1 image", size, {"ours": ours, "limit (products, one causal attention)": limit(
+        model, ours, 1, length, backward=False)}, length, "tokens/s", memory=bench.memory)
+
+
+def decoding(bench, model, ids, signal, tokens):
+    """-> a function that gives the seconds of `tokens` steps behind the first, which is the prefill"""
+    def run():
+        steps = generate(model, ids, signal, tokens + 1)
+        next(steps)
+        return bench.seconds(lambda: [None for _ in steps] and None)
+    return run
+
+
+def decode_rows(bench, size, tokens=32):
+    """(d) one token after another behind an image, against a plain LLaMA with a cache of that length, against the same
+    products (matrix times vector) alone, and what share of the memory's bandwidth that is"""
+    model = bench.model(size)
+    length = 640 if model.config.image_tokens > 500 else 80
+    ids, _ = sequence(model.config, length)
+    plain, _ = sequence(model.config, length, images=0)
+    signal = torch.randn(1, model.config.image_tokens - 2, model.config.contiguous_signal_size).to(
+        bench.device, bench.dtype)
+    ours = decoding(bench, model, [ids], signal, tokens)
+    weights = [module.weight for block in model.model.layers for module in (*block.self_attn.children(),
+               *block.mlp.children()) if isinstance(module, nn.Linear)] + [model.lm_head.weight]
+    seen = [(w, (1, w.shape[1]), False, None) for w in weights]
+    stock, best = (alone(weights[0], seen, False, multiply) for multiply in (None, product))
+    size_of = sum(w.numel() * w.element_size() for w in weights)
+    vector = torch.randn(min(size_of, 2 ** 31) // 4, device=bench.device)
+
+    def many(f):
+        return lambda: bench.seconds(lambda: [f() for _ in range(tokens)] and None)
+    seconds = bench.row("decode, behind an image", size, {
+        "ours": ours, "ours behind text only": decoding(bench, model, [plain], None, tokens),
+        "products alone, stock": many(stock), "products alone, our way": many(best),
+        "reading as many bytes": lambda: many(vector.sum)() * size_of / vector.nbytes},
+        tokens, "tokens/s", memory=False)
+    print(f"|  | {size} | {tokens * size_of / seconds / 1e9:.1f} GB/s of weights |")
+    for rows in (4, 16):
+        batched = decoding(bench, model, [ids] * rows, signal.expand(rows, -1, -1), tokens)
+        bench.row(f"decode, batch {rows}", size, {"ours": batched}, rows * tokens, "tokens/s", memory=False)
+
+
+def text_rows(bench, size, rows=2, length=640, tokens=32):
+    """(c) text alone against transformers' LLaMA with its sdpa attention: the same weights, the same ids"""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return print("| text only | | | transformers is not installed: left out |")
+    model = bench.model(size)
+    c = model.config
+    with torch.device(bench.device):
+        theirs = LlamaForCausalLM(LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
+            attn_implementation="sdpa")).to(bench.dtype)
+    theirs.load_state_dict({k: v for k, v in model.state_dict().items() if k in theirs.state_dict()})
+    streams, _ = batch(bench, c, rows, length, images=0)
+    ids = streams.text_ids.view(rows, length)
+
+    def their_step():
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        theirs.zero_grad(set_to_none=True)
+    bench.row(f"text only: training step, all trained, B {rows}, L {length}", size, {
+        "ours": step(model, lambda: model(streams)), "transformers": their_step}, rows * length, "tokens/s",
+        memory=bench.memory)
+
+    @torch.inference_mode()
+    def their_prefill():
+        theirs(input_ids=ids[:1], use_cache=True, logits_to_keep=1)
+    prompt = ids[0, :, None].expand(-1, c.vision_codebook_num).cpu()
+    bench.row(f"text only: prefill, L {length}", size, {
+        "ours": lambda: next(iter(generate(model, [prompt], None, 8))) is None, "transformers": their_prefill}, length,
+        "tokens/s", memory=bench.memory)
+
+    @torch.inference_mode()
+    def their_decode():
+        out = theirs(input_ids=ids[:1], use_cache=True, logits_to_keep=1)
+
+        def go(out=out):
+            for _ in range(tokens):
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                out = theirs(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        return bench.seconds(go)
+    bench.row(f"text only: decode behind {length}", size, {"ours": decoding(bench, model, [prompt], None, tokens),
+              "transformers": their_decode}, tokens, "tokens/s", memory=False)
+
+
+def growth_rows(bench, size):
+    """How the cost of a token grows with the length, the images and the batch: training step, LLaMA frozen"""
+    model = bench.model(size, frozen=True, max_position_embeddings=4096)
+    for rows, length, images in ((1, 640, 1), (1, 1280, 1), (1, 2560, 1), (1, 2560, 2), (1, 2560, 4), (2, 640, 1),
+                                 (4, 640, 1), (16, 640, 1)):
+        length = length if size != "tiny" else length // 8
+        ours = step(model, partial(model, *batch(bench, model.config, rows, length, images)))
+        bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, {"ours": ours}, rows * length,
+                  "tokens/s", memory=bench.memory)
+
+
+def eye_sizes(size):
+    """The published image tokenizer; at size tiny that of `make demo`"""
+    return {"clip": CLIP_L} if size != "tiny" else {
+        "clip": CLIP_L | {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+                          "image_size": 56, "patch_size": 8},
+        "resolution": 56, "grid": 7, "select_layers": [1, 3], "embed_dim": 128, "codebook_size": 256,
+        "z_channels": 128, "ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 0, "num_attn_heads": 2,
+        "attn_resolutions": [7]}
+
+
+def tokenizer_rows(bench, size):
+    """(g) pictures to ids and back, against the products and convolutions alone"""
+    with torch.device(bench.device):
+        tokenizer = ImageTokenizer(ImageTokenizerConfig(**eye_sizes(size))).to(bench.dtype).eval()
+    rows, resolution = (8 if size == "full" else 32), tokenizer.config.resolution
+    pixels = torch.randn(rows, 3, resolution, resolution, device=bench.device, dtype=bench.dtype)
+    with torch.inference_mode():
+        ids = tokenizer.encode(pixels)[0]
+        for name, f in (("encode", lambda: tokenizer.encode(pixels)), ("decode", lambda: tokenizer.decode(ids))):
+            with products_of(tokenizer) as seen:
+                f()
+            bench.row(f"image tokenizer: {name}", f"{resolution} pixels", {
+                "ours": torch.inference_mode()(lambda f=f: f() is None),
+                "products alone": alone(pixels, seen, backward=False)}, rows, "images/s", memory=bench.memory)
+
+
+# ---------------------------------------------------------------- reading pictures
 
 class Bare(torch.utils.data.Dataset):
     """The least that has to be done: decode, scale, to a tensor"""
@@ -51,64 +362,134 @@ class Bare(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255)
 
 
-def data_rows(llm, repeat, count=128, resolution=336):
-    """Pictures of 500 x 400 pixels from a tar shard to training batches, for one worker and none"""
-    random = np.random.default_rng(0)
-    coarse = [Image.fromarray(random.integers(0, 256, (50, 63, 3), dtype=np.uint8)) for _ in range(count)]
-    pictures = []
-    for picture in coarse:
-        file = io.BytesIO()
-        picture.resize((500, 400), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        pictures.append(file.getvalue())
-    text = Text(Path(llm) / "tokenizer.model")
-    config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
-    rows = []
+def write_shard(folder, count):
+    """A tar shard of pictures of 500 x 400 pixels with captions, and a SentencePiece model. -> the JPEG files, Text"""
+    import sentencepiece
+    random, pictures, caption = np.random.default_rng(0), [], "a large red circle in the top left"
+    with tarfile.open(f"{folder}/00000.tar", "w") as tar:
+        for i in range(count):
+            file, coarse = io.BytesIO(), random.integers(0, 256, (50, 63, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((500, 400), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            pictures.append(file.getvalue())
+            for ending, part in (("jpg", pictures[-1]), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i:09d}.{ending}")
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([caption] * 4), model_prefix=f"{folder}/tokenizer", vocab_size=300, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+    return pictures, Text(Path(folder) / "tokenizer.model")
+
+
+def data_rows(bench, size, count=128, resolution=336):
+    """(h) from a tar shard to training batches, without a worker and with one"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                              # as in a worker
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(f"{folder}/00000.tar", "w") as tar:
-            for i, content in enumerate(pictures):
-                for ending, part in (("jpg", content), ("txt", b"a large red circle in the top left")):
-                    member = tarfile.TarInfo(f"{i:09d}.{ending}")
-                    member.size = len(part)
-                    tar.addfile(member, io.BytesIO(part))
+        pictures, text = write_shard(folder, count)
+        config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
         source, recipe = open_source(f"{folder}/00000.tar"), Recipe(text, config, resolution, 700)
         for workers in (0, 1):
-            ours, _ = loader([source], recipe, 16, 16, 0, workers=workers)
+            ours = iter(loader([source], recipe, 16, 16, 0, workers=workers)[0])
             bare = torch.utils.data.DataLoader(Bare(pictures, resolution), 16, num_workers=workers,
                                                persistent_workers=workers > 0)
-            endless = iter(ours)
+            bench.row(f"reading pictures, {workers} workers", f"{resolution} pixels", {
+                "ours": lambda ours=ours: [next(ours) for _ in range(count // 16)] and None,
+                "DataLoader and PIL alone": lambda bare=bare: [None for _ in bare] and None}, count, "images/s",
+                memory=False)
+    torch.set_num_threads(threads)
 
-            def read(endless=endless):
-                began = time.perf_counter()
-                for _ in range(count // 16):
-                    next(endless)
-                return time.perf_counter() - began
 
-            def alone(bare=bare):
-                began = time.perf_counter()
-                for _ in bare:
-                    pass
-                return time.perf_counter() - began
-            seconds, ratios = turns({"DataLoader + PIL": alone, "ours": read}, repeat)
-            rows.append({"row": f"images/s, {workers} workers", **{k: count / s for k, s in seconds.items()},
-                         "share": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]})
-    return rows
+# ---------------------------------------------------------------- the whole run on a GPU
+
+def whole_rows(bench, size):
+    """Pretraining as pretrain.py does it: a shard through the real loader, CLIP, forward, backward, AdamW. The
+    micro-batch doubles until memory is full, with activations kept and computed again."""
+    model = bench.model(size, frozen=True)
+    with tempfile.TemporaryDirectory() as folder:
+        _, text = write_shard(folder, 128)
+        model.config.newline_token_id = text.newline
+        with torch.device(bench.device):
+            eye = ImageTokenizer(ImageTokenizerConfig(**eye_sizes(size)))
+        model.tokenizers = Tokenizers(text, eye.to(bench.dtype).requires_grad_(False).eval())
+        world = engine.World(0, 1, bench.device, bench.dtype)
+        engine.settle(model, world)
+        source = open_source(f"{folder}/00000.tar")
+        for model.checkpoint_activations in (False, True):
+            for micro in (1, 2, 4, 8, 16, 32, 64, 128):
+                try:
+                    whole_row(bench, size, model, world, source, micro)
+                except torch.OutOfMemoryError:
+                    break
+                finally:
+                    gc.collect()
+                if bench.device.type == "cpu" and micro == 2:
+                    break
+
+
+def whole_row(bench, size, model, world, source, micro):
+    args = pretrain.options().parse_args(["--batch", str(micro), "--micro-batch", str(micro)])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, eye, counts = engine.adamw(trained, args), model.tokenizers.image.config, {}
+    recipe = Recipe(model.tokenizers.text, model.config, eye.resolution, args.max_length)
+    batches = iter(loader([source], recipe, micro, micro, 0, workers=2, pin=world.device.type == "cuda")[0])
+
+    def one():
+        counts.update(pretrain.update(args, world, 0, model, model, optimizer, trained,
+                                      [next(batches).to(world.device)])[1])
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    again = "computed again" if model.checkpoint_activations else "kept"
+    seconds = bench.row(f"pretraining, micro-batch {micro}, activations {again}", size, {"ours": one}, memory=False)
+    numbers = {"tokens/s": counts["tokens"] / seconds, "GB in all": engine.memory(world)}
+    if peak := engine.peak(argparse.Namespace(peak=None), world):
+        numbers["share of the peak"] = sum(flops_of(model, eye)(counts).values()) / seconds / peak
+    bench.rows[-1] |= numbers
+    print(f"| | {size} | " + ", ".join(f"{name} {value:.3g}" for name, value in numbers.items()) + " |", flush=True)
+
+
+ROWS = {"train": train_rows, "text": text_rows, "prefill": prefill_rows, "decode": decode_rows, "growth": growth_rows,
+        "tokenizer": tokenizer_rows, "data": data_rows, "whole": whole_rows}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
-    parser.add_argument("--rows", choices=("data",), default="data", help="what to measure")
-    parser.add_argument("--llm", metavar="DIR", default=engine.TOY / "llama", help="folder with tokenizer.model")
-    parser.add_argument("--repeat", type=int, default=5, help="pairs of runs; medians are reported")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="what to measure; None: all that the device's "
+                        "sizes are for")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the model; None: those that suit the row")
+    parser.add_argument("--gpu", action="store_true", help="one GPU, bfloat16, size full, and pretraining as a whole")
+    parser.add_argument("--repeat", type=int, default=5, help="turns; medians are reported")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: torch's choice")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", metavar="FILE", help="JSON of the rows")
     args = parser.parse_args()
-    torch.set_num_threads(1)                              # as in a worker
-    rows = data_rows(engine.need(args.llm), args.repeat)
-    for row in rows:
-        print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in row.items()))
+    if args.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: no GPU is visible here; without it the CPU's rows are measured")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench = Bench("cuda", torch.bfloat16, args.repeat) if args.gpu else Bench(repeat=args.repeat)
+    bench.memory = not args.no_memory
+    plan = {row: GPU_SIZES.get(row, ()) if args.gpu else CPU_SIZES[row] for row in args.rows or ROWS}
+    print(f"{machine(bench)}\n\n{HEAD}")
+    for row, sizes in plan.items():
+        for size in args.sizes or sizes:
+            ROWS[row](bench, size)
+            gc.collect()
     if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2))
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps({"machine": machine(bench), "rows": bench.rows}, indent=2))
 
+
+def machine(bench):
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else (
+        f"{platform.machine()}, {torch.get_num_threads()} threads")
+    return f"{name}, torch {torch.__version__}, {str(bench.dtype).removeprefix('torch.')}, {time.strftime('%Y-%m-%d')}"
+
+
+CPU_SIZES = {"train": ("tiny", "small", "layer"), "text": ("small",), "prefill": ("small",),
+             "decode": ("small", "medium"), "growth": ("small",), "tokenizer": ("tiny",), "data": ("any",), "whole": ()}
+GPU_SIZES = {"train": ("medium", "layer"), "text": ("layer",), "prefill": ("full",), "decode": ("full",),
+             "tokenizer": ("full",), "whole": ("full",)}
 
 if __name__ == "__main__":
     engine.run(main)

@@ -74,19 +74,26 @@ class Checkpoints:
             writing.result()
         except FAILURES as failure:
             error = failure
-        if not agreed(error is None, self.world):
-            return self._lost(draft, error)
-        if self.world.first:
-            write_json(draft / "done.json", done | {"files": {p.name: p.stat().st_size for p in draft.iterdir()}})
-            for path in [*draft.iterdir(), draft]:
-                file = os.open(path, os.O_RDONLY)
-                os.fsync(file)
-                os.close(file)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(draft, final)
-            for old in sorted(self.out.glob("checkpoint-*[0-9]"))[:-self.keep]:
-                shutil.rmtree(old)
-        barrier(self.world)
+        if agreed(error is None, self.world):
+            try:
+                if self.world.first:
+                    self._name(draft, final, done)
+            except FAILURES as failure:
+                error = failure
+            if agreed(error is None, self.world):
+                return
+        self._lost(draft, error)
+
+    def _name(self, draft, final, done):
+        write_json(draft / "done.json", done | {"files": {p.name: p.stat().st_size for p in draft.iterdir()}})
+        for path in [*draft.iterdir(), draft]:
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+        for old in sorted(self.out.glob("checkpoint-*[0-9]"))[:-self.keep]:
+            shutil.rmtree(old)
 
     def _lost(self, draft, error):
         print(f"WARNING: {draft.stem} could not be written ({str(error or 'by another process')[-200:]}); the one "
@@ -109,7 +116,10 @@ class Checkpoints:
 
     def resume(self, wanted, models, optimizers, must=False):
         """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
-        newest = self.newest() if wanted else None
+        newest = [self.newest() if wanted else None]
+        if self.world.size > 1:                           # one decides: a shared disk may lag behind for the others
+            dist.broadcast_object_list(newest, group=self.group)
+        newest, = newest
         if newest is None:
             if any(self.out.glob("checkpoint-*[0-9]")):
                 raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
@@ -124,6 +134,7 @@ class Checkpoints:
         """-> step, place in the data"""
         done = read_json(path / "done.json")
         state = self._state(models, optimizers)
+        recipe = [[{k: group[k] for k in ("betas", "weight_decay")} for group in o.param_groups] for o in optimizers]
         dcp.load(state, checkpoint_id=path)
         for i, (model, optimizer) in enumerate(zip(models, optimizers)):
             answer = set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
@@ -132,6 +143,9 @@ class Checkpoints:
             if lost or answer.unexpected_keys:            # frozen weights are not in it, all others must be
                 raise UserError(f"{path} is of another model: missing {some(lost)}, unknown "
                                 f"{some(answer.unexpected_keys)}")
+        for optimizer, groups in zip(optimizers, recipe):  # what this run was told stands above the checkpoint
+            for group, told in zip(optimizer.param_groups, groups):
+                group.update(told)
         mine = path / f"random-{self.world.rank}.pt"
         if done["processes"] == self.world.size and mine.is_file():
             set_random_state(torch.load(mine, weights_only=False))

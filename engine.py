@@ -51,8 +51,9 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     g.add_argument("--export", action="store_true", help="with --resume: write the model folder now and end")
     g.add_argument("--steps", type=int, default=steps, help="updates")
-    g.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=1000, metavar="N", help="steps between pictures in samples/")
+    g.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints; 0: none")
+    g.add_argument("--sample-every", type=int, default=1000, metavar="N",
+                   help="steps between pictures in samples/; 0: one at the end")
     g.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept")
     g.add_argument("--seed", type=int, default=0, help="of new weights, the order of the data and all else")
     g = parser.add_argument_group("optimization")
@@ -62,8 +63,9 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--weight-decay", type=float, default=weight_decay, help="AdamW, not on norms and biases")
     g.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--batch", type=int, default=batch, help="samples of an update, over all processes")
-    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                   help="samples of one pass of one process; passes add up to --batch; 0: --batch / processes")
+    if engines:
+        g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                       help="samples of one pass of one process; passes add up to --batch; 0: --batch / processes")
     g = parser.add_argument_group("the machine")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
@@ -82,12 +84,13 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
         g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
         g.add_argument("--peak", type=float, metavar="TFLOP/S", help="of the device, to log the share reached; None: "
                        "by the GPU's name")
-        plan = parser.add_argument_group("the plan")
-        plan.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end")
-        plan.add_argument("--nproc", type=int, default=8, help="GPUs")
-        plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU")
-        plan.add_argument("--tflops", type=float, default=150, help="TFLOP/s that a GPU reaches, given or measured")
-        plan.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
+    g = parser.add_argument_group("the plan")
+    g.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end")
+    g.add_argument("--nproc", type=int, default=8, help="GPUs")
+    g.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU")
+    g.add_argument("--tflops", type=float, default=150, help="TFLOP/s that a GPU reaches, given or measured")
+    if engines:
+        g.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
     return parser
 
 
@@ -150,7 +153,7 @@ def start(args):
     device, size = world.device, world.size
     if args.batch % size:
         raise UserError(f"--batch {args.batch} does not divide into {size} processes")
-    args.micro_batch = args.micro_batch or args.batch // size
+    args.micro_batch = getattr(args, "micro_batch", 0) or args.batch // size
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -197,40 +200,6 @@ def gradients_travel(model, now):
         model.require_backward_grad_sync = now
 
 
-def choose_engine(args, world, model):
-    """auto: the first engine whose weights, gradients and AdamW leave a third of the device's memory to activations"""
-    if args.engine != "auto" or world.size == 1:
-        args.engine = "ddp" if args.engine == "auto" else args.engine
-        return
-    if world.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(world.device)[1]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    sizes = {engine: sum(bytes_per_gpu(trained, frozen, engine, world.size, world.dtype,
-                                       model.config.num_hidden_layers).values()) for engine in ENGINES}
-    args.engine = next((engine for engine in ENGINES if sizes[engine] < 0.67 * memory), "fsdp")
-    world.say(f"--engine auto: {args.engine} (weights, gradients and AdamW in GB: "
-              + ", ".join(f"{engine} {size / 1e9:.1f}" for engine, size in sizes.items())
-              + f"; a device has {memory / 1e9:.0f})")
-
-
-def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers):
-    """Weights, gradients and AdamW. Trained weights are float32 with a copy in `dtype` for the products; frozen ones
-    are `dtype`. zero: gradients, AdamW and the float32 weights in shares, the copies whole; fsdp: all in shares, two
-    layers at a time whole."""
-    b = dtype.itemsize
-    copy = b if b < 4 else 0
-    if engine == "ddp":
-        return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
-                "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
-    share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
-    return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
-            "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
-            "AdamW": trained * 8 * share}
-
-
 def whole_weights(model):
     """The model's tensors, gathered from all processes, on the first one's CPU; the others get nothing"""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -258,6 +227,11 @@ def adamw(parameters, args):
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=1e-8, fused=True)
+
+
+def due(step, every):
+    """Whether it is time for what is done every so many steps; 0: never"""
+    return every > 0 and (step + 1) % every == 0
 
 
 def learning_rate(step, args):
@@ -320,15 +294,19 @@ def peak(args, world):
 class BadSamples:
     """Counts by cause, the names in bad_samples.jsonl; too many end the run"""
 
-    def __init__(self, out, most):
-        self.path, self.most, self.seen, self.bad = Path(out) / "bad_samples.jsonl", most, 0, 0
+    def __init__(self, out, most, world):
+        self.path, self.most, self.world, self.seen, self.bad = Path(out) / "bad_samples.jsonl", most, world, 0, 0
         self.causes = Counter()
 
     def __call__(self, step, batches, samples, bad):
         """batches: this process's; samples, bad: the counts over all processes"""
         listed = [entry for batch in batches for entry in batch.listed]
-        if listed:
-            self.causes.update(cause for cause, _ in listed)
+        if bad and self.world.size > 1:
+            lists = [None] * self.world.size
+            dist.all_gather_object(lists, listed)
+            listed = sum(lists, [])
+        self.causes.update(cause for cause, _ in listed)
+        if listed and self.world.first:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"step": step, "cause": cause, "name": name}) + "\n"
                                    for cause, name in listed))

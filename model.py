@@ -52,7 +52,24 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x if x.dtype == torch.float64 else x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
+
+
+def product(x, weight):
+    """x (n, in), weight (out, in) -> x W^T (n, out). For a few rows on a CPU, where decoding spends its time, as
+    (W x^T)^T of at least two columns: that reads the weights up to three times as fast as the product of a vector."""
+    n = len(x)
+    if n > 4 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    return (weight @ (x if n > 1 else torch.cat((x, x))).t()).t()[:n]
+
+
+class Linear(nn.Linear):
+    def __init__(self, size_in, size_out):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
 
 
 class LowRank(nn.Module):
@@ -65,23 +82,45 @@ class LowRank(nn.Module):
         self.weight_B = nn.Parameter(torch.empty(size_out, rank))
 
     def forward(self, x):
-        return F.linear(F.linear(x, self.weight_A), self.weight_B)
+        return product(product(x, self.weight_A), self.weight_B)
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin of positions (...,) -> two (..., d). Angles in float32, as the published weights were trained."""
+    """cos and sin of positions (...,) -> two (..., d), float32 or finer. Angles in float32, as the published weights
+    were trained."""
     d = config.head_dim
     frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)
     angle = (positions[..., None].float() * frequency).to(torch.promote_types(dtype, torch.float32))
     angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos(), angle.sin()
+
+
+def turn(x, cos, sin):
+    """RoPE in the half-split layout of Hugging Face, x (B, H, L, d): three passes over memory"""
+    a, b = x.chunk(2, dim=-1)
+    sin_a, sin_b = sin.chunk(2, dim=-1)
+    out = x * cos
+    out[..., :a.shape[-1]].addcmul_(b, sin_a, value=-1)
+    out[..., a.shape[-1]:].addcmul_(a, sin_b)
+    return out
+
+
+class Rotate(torch.autograd.Function):
+    """Its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return turn(gradient, cos, -sin), None, None
 
 
 def rotate(x, rope):
-    """RoPE in the half-split layout of Hugging Face. x (B, H, L, d)"""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return Rotate.apply(x, *(t.to(x.dtype) for t in rope))
 
 
 class Attention(nn.Module):
@@ -91,10 +130,10 @@ class Attention(nn.Module):
         super().__init__()
         c = self.config = config
         width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, width)
+        self.k_proj = Linear(c.hidden_size, kv_width)
+        self.v_proj = Linear(c.hidden_size, kv_width)
+        self.o_proj = Linear(width, c.hidden_size)
         if c.use_expert:
             self.vision_q_proj = LowRank(c.hidden_size, width, width // c.vision_down_ratio)
             self.vision_k_proj = LowRank(c.hidden_size, kv_width, kv_width // c.vision_down_ratio)
@@ -119,31 +158,34 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x, streams, rope, cache=None, layer=0):
-        def heads(pair):                                                                      # -> (B, H, L, d)
-            return streams.join(pair).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-
-        q = rotate(heads(route(self, "q_proj", x)), rope)                                     # Eq. 1
-        k, v = route(self, "k_proj", x), route(self, "v_proj", x)
+        q, k, v = (route(self, f"{name}_proj", x) for name in "qkv")                          # Eq. 1
         views = {}
-        for modality in sorted(streams.modalities() | (set() if cache is None else cache.keys.keys())):
-            k_seen, v_seen = self.seen_by(modality, x, k, v)
-            views[modality] = rotate(heads(k_seen), rope), heads(v_seen)
+        for modality in streams.asking if cache is None else sorted({*streams.asking, *cache.keys}):
+            views[modality] = self.seen_by(modality, x, k, v)
             if not self.config.use_bridge:
                 break                                     # one view serves both
-        mask = None
         if self.config.use_bridge and len(views) == 1 and torch.is_grad_enabled():
-            asking = next(iter(views))                    # no query looks over the other bridge: its gradient is zero,
+            asking = streams.asking[0]                    # no query looks over the other bridge: its gradient is zero,
             on = ("language", "vision")[asking]           # not none, so that all processes have the same ones
             k_bridge, v_bridge = (getattr(self, f"vision_{y}_bridge_on_{on}") for y in "kv")
-            q = q + 0 * (k_bridge(x[asking][:0]).sum() + v_bridge(x[asking][:0]).sum())
+            q[asking] = q[asking] + 0 * (k_bridge(x[asking][:0]).sum() + v_bridge(x[asking][:0]).sum())
+        return route(self, "o_proj", self.meet(q, views, streams, rope, cache, layer))
+
+    @torch.compiler.disable                               # its shapes differ from batch to batch: nothing to compile
+    def meet(self, q, views, streams, rope, cache, layer):
+        """Both modalities in sequence order: RoPE, the cache, attention. -> [(n_text, .), (n_image, .)]"""
+        def heads(pair):                                                                      # -> (B, H, L, d)
+            return streams.join(pair).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        queries, mask = rotate(heads(q), rope), None
+        views = {modality: (rotate(heads(k), rope), heads(v)) for modality, (k, v) in views.items()}
         if cache is not None:
             views, mask = cache.put(layer, views)
         if self.record is None:
-            out = routed_attention(q, views, streams, mask)
+            out = routed_attention(queries, views, streams, mask)
         else:
-            out, maps = plain_attention(q, views, streams.is_image, mask)
+            out, maps = plain_attention(queries, views, streams.is_image, mask)
             self.record.append(maps)
-        return route(self, "o_proj", streams.split(out.transpose(1, 2).flatten(2), x))
+        return streams.split(out.transpose(1, 2).flatten(2), q)
 
 
 class FFN(nn.Module):
@@ -151,9 +193,9 @@ class FFN(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
         if c.use_expert:
             self.vision_gate_proj, self.vision_up_proj = (
                 LowRank(c.hidden_size, c.intermediate_size, c.intermediate_size // c.vision_down_ratio) for _ in "gu")
@@ -203,14 +245,14 @@ class Libra(nn.Module):
                 nn.Embedding(c.vision_vocab_size, c.hidden_size // c.vision_codebook_num)
                 for _ in range(c.vision_codebook_num)),
             "vision_signal_norm": RMSNorm(signal, c.rms_norm_eps),
-            "vision_contiguous_signal_processor": nn.Linear(signal, c.hidden_size, bias=False)})
+            "vision_contiguous_signal_processor": Linear(signal, c.hidden_size)})
         if c.use_expert:
             self.model["vision_norm"] = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = Linear(c.hidden_size, c.vocab_size)
         self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
-            nn.Linear(c.hidden_size, c.vision_vocab_size, bias=False) for _ in range(c.vision_codebook_num))})
+            Linear(c.hidden_size, c.vision_vocab_size) for _ in range(c.vision_codebook_num))})
         if c.contiguous_targets:
-            self.vision_regression = nn.Linear(c.hidden_size, c.contiguous_signal_size, bias=False)
+            self.vision_regression = Linear(c.hidden_size, c.contiguous_signal_size)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.tokenizers, self.checkpoint_activations = None, False
@@ -254,7 +296,7 @@ class Libra(nn.Module):
         """-> [(n_text, D), (n_image, D)] behind the final norms"""
         x = self.embed(streams, signal)
         start = 0 if cache is None else cache.start
-        positions = start + torch.arange(streams.length, device=streams.order.device)
+        positions = start + torch.arange(streams.length, device=streams.is_image.device)
         rope = rope_table(self.config, positions, self.lm_head.weight.dtype)
         for layer, block in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():   # only x is kept
@@ -275,18 +317,19 @@ class Libra(nn.Module):
         read: instead, the likeliest next token behind each text token (n_text,)"""
         text, image = self.hidden(streams, signal)
         text, image = (image[:0] if text is None else text), (text[:0] if image is None else image)
-        if read:
-            return self.lm_head(text).argmax(-1)
+        return self.lm_head(text).argmax(-1) if read else self.losses(text, image, streams, signal)
+
+    def losses(self, text, image, streams, signal=None):
+        """Hidden states of both streams -> forward's sums"""
         rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
         if self.config.contiguous_targets:
             unused = sum(head(image[:0]).sum() for head in self.vision_lm_head.heads)         # gradient zero, not none
             image_loss = (self.regress(image, streams, signal) + 0 * unused).expand(self.config.vision_codebook_num)
         else:
-            image_loss = torch.stack([F.cross_entropy(head(image[rows]).float(), next_image[:, k], reduction="sum")
+            image_loss = torch.stack([cross_entropy(head, image[rows], next_image[:, k])
                                       for k, head in enumerate(self.vision_lm_head.heads)])
         rows = streams.text_rows
-        text_loss = F.cross_entropy(self.lm_head(text[rows]).float(), streams.text_ids[rows + 1], reduction="sum")
-        return text_loss, image_loss
+        return cross_entropy(self.lm_head, text[rows], streams.text_ids[rows + 1]), image_loss
 
     def regress(self, image, streams, signal):
         """Table 3 (b): the sum over counted targets of the mean squared distance to the next token's E_c, normalised
@@ -362,6 +405,16 @@ class Libra(nn.Module):
                 shutil.copyfile(self.tokenizers.text.path, folder / "tokenizer.model")
             self.tokenizers.image.save_pretrained(folder / "image_tokenizer")
         write_json(folder / "config.json", self.config.to_dict())
+
+
+def cross_entropy(head, hidden, targets, most=2048):
+    """The sum over (n, D) hidden states. Logits are made for `most` of them at a time and, where that is not all, made
+    again in the backward pass: 32,000 floats a token are more than all that a layer keeps."""
+    def some(hidden, targets):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    if len(hidden) <= most:
+        return some(hidden, targets)
+    return sum(checkpoint(some, h, t, use_reentrant=False) for h, t in zip(hidden.split(most), targets.split(most)))
 
 
 def by_token(signal, tokens):

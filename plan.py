@@ -2,22 +2,25 @@
 
     python pretrain.py --plan --nproc 8 --memory 80          # the paper's run on eight GPUs of 80 GB
     python sft.py --plan --model runs/toy/pretrain           # any model folder: only its config.json is read
+    python train_tokenizer.py --plan --clip clip-vit-large-patch14-336
 
 Nothing is allocated. Products are counted from the weights' shapes; what the backward pass keeps is counted while the
 very model runs on tensors without content (torch's fake tensors).
 """
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import LibraConfig
-from engine import DTYPES, ENGINES, bytes_per_gpu
+from engine import DTYPES, ENGINES
 from model import Libra
 from streams import Streams
 from text import IMG, spell_out
-from tokenizer import ClipViT, ImageTokenizerConfig
+from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from weights import read_json
 
 PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4; bf16 peak
@@ -135,6 +138,54 @@ def activations(config, streams, train_llama, dtype, again):
     return one + (config.num_hidden_layers - 1) * (tokens * config.hidden_size * dtype.itemsize if again else layer)
 
 
+def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers):
+    """Weights, gradients and AdamW. Trained weights are float32 with a copy in `dtype` for the products; frozen ones
+    are `dtype`. zero: gradients, AdamW and the float32 weights in shares, the copies whole; fsdp: all in shares, two
+    layers at a time whole."""
+    b = dtype.itemsize
+    copy = b if b < 4 else 0
+    if engine == "ddp":
+        return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
+                "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
+    share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
+    return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
+            "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
+            "AdamW": trained * 8 * share}
+
+
+def needs(args, model, eye, streams, nproc, dtype):
+    """-> {engine: {part: bytes}} of one GPU: weights, gradients, AdamW, the frozen image tokenizer, activations"""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen, layers = sum(p.numel() for p in model.parameters()) - trained, model.config.num_hidden_layers
+    with torch.device("meta"):
+        see = {"image tokenizer": 4 * sum(p.numel() for p in ImageTokenizer(eye).parameters())}
+    kept = {"activations": activations(model.config, streams, model.lm_head.weight.requires_grad, dtype,
+                                       args.checkpoint_activations)}
+    return {engine: bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers) | see | kept for engine in ENGINES}
+
+
+ROOM = 0.92                    # of a GPU's memory: the rest is the allocator's and CUDA's own
+
+
+def choose_engine(args, world, model):
+    """--engine auto: the first that fits the device's memory, activations of a pass included"""
+    if args.engine != "auto" or world.size == 1:
+        args.engine = "ddp" if args.engine == "auto" else args.engine
+        return
+    if world.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(world.device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
+    tune = model.lm_head.weight.requires_grad
+    streams = batch_of(model.config, args.micro_batch, args.text_tokens, "sft" if tune else "pretrain")
+    found = needs(args, model, model.tokenizers.image.config, streams, world.size, world.dtype)
+    found = {engine: sum(parts.values()) for engine, parts in found.items()}
+    args.engine = next((engine for engine in ENGINES if found[engine] < ROOM * memory), "fsdp")
+    world.say(f"--engine auto: {args.engine} (GB needed: "
+              + ", ".join(f"{engine} {size / 1e9:.1f}" for engine, size in found.items())
+              + f"; a device has {memory / 1e9:.0f})")
+
+
 # ---------------------------------------------------------------- the table
 
 def show(args, config, eye, stage):
@@ -143,7 +194,7 @@ def show(args, config, eye, stage):
     micro = args.micro_batch or max(1, args.batch // n)
     streams = batch_of(config, micro, args.text_tokens, stage)
     with torch.device("meta"):
-        model, clip = Libra(config), ClipViT(**eye.clip)
+        model, see = Libra(config), ImageTokenizer(eye)
     for module in [] if tune else model.llama():
         module.requires_grad_(False)
     print(f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {micro} samples a pass, an image of "
@@ -153,13 +204,10 @@ def show(args, config, eye, stage):
         part = ("bridge" if "bridge" in name else "LLaMA" if "vision" not in name else
                 "expert" if ".layers." in name else "image input and heads")
         parts.setdefault(part, []).append(p)
-    for part, some in (parts | {"CLIP, frozen": list(clip.parameters())}).items():
-        learns = part != "CLIP, frozen" and some[0].requires_grad
+    for part, some in (parts | {"image tokenizer, frozen": list(see.parameters())}).items():
+        learns = part != "image tokenizer, frozen" and some[0].requires_grad
         print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if learns else ''}")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained + sum(p.numel() for p in clip.parameters())
-    table(args, config, micro, trained, frozen, activations(
-        config, streams, tune, dtype, args.checkpoint_activations), dtype)
+    table(args, needs(args, model, eye, streams, n, dtype), dtype)
     counts = {"text": len(streams.text_ids), "image": len(streams.image_ids), "text_targets": len(streams.text_rows),
               "image_targets": len(streams.image_rows), "squares": sum(m * m for m in streams.lengths), "images": micro}
     flops = {part: count / micro for part, count in flops_of(model, eye)(counts).items()}
@@ -175,15 +223,40 @@ def show(args, config, eye, stage):
               f"{whole * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
 
 
-def table(args, config, micro, trained, frozen, kept, dtype):
-    print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations "
-          f"{'computed again' if args.checkpoint_activations else 'kept'})")
+def table(args, found, dtype):
+    again = getattr(args, "checkpoint_activations", False)
+    print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations {'computed again' if again else 'kept'})")
     fits = None
-    for engine in ENGINES:
-        need = bytes_per_gpu(trained, frozen, engine, args.nproc, dtype, config.num_hidden_layers)
-        total = (sum(need.values()) + kept) / 1e9
-        fits = fits or (engine if total < 0.92 * args.memory else None)                       # room for the allocator
-        print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in
-                                                          (need | {"activations": kept}).items()))
+    for engine, parts in found.items():
+        total = sum(parts.values()) / 1e9
+        fits = fits or (engine if total < ROOM * args.memory else None)
+        print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
     print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
           + ("" if fits else "; try --checkpoint-activations or a smaller --micro-batch"))
+
+
+def show_tokenizer(args, trained, discriminator, resolution):
+    """Print the plan of stage 0. trained: what a step runs, a function of pictures; both modules without memory"""
+    dtype, micro = DTYPES[args.dtype or "bfloat16"], max(1, args.batch // args.nproc)
+    print(f"image tokenizer: {micro} pictures of {resolution} pixels a pass; {args.nproc} GPUs\n\nweights")
+    eye, decoder = trained.tokenizer.encoder, trained.tokenizer.decoder
+    learning = [p for m in (trained, discriminator) for p in m.parameters() if p.requires_grad]
+    frozen = [p for p in trained.parameters() if not p.requires_grad]
+    for part, module in (("encoder", eye), ("decoder", decoder), ("discriminator", discriminator)):
+        some = list(module.parameters())
+        print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if some[0].requires_grad else ''}")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (trained, discriminator):
+            module.to_empty(device="cpu")
+        pixels, kept = torch.empty(1, 3, resolution, resolution), Kept([*trained.parameters(), *learning])
+        with FlopCounterMode(display=False) as counter, kept.hooks:
+            picture, _, losses = trained(pixels)
+            (picture.mean() + losses["loss"] - discriminator(picture).mean()).backward()
+    n = sum(p.numel() for p in learning)
+    whole = counter.get_total_flops()
+    table(args, {"ddp": {"frozen": 4 * sum(p.numel() for p in frozen), "weights": 4 * n,
+                         "gradients": n * (4 + 4 * (args.nproc > 1)), "AdamW": 8 * n,
+                         "activations": kept.bytes * micro * dtype.itemsize // 4}}, dtype)
+    hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
+    print(f"\nTFLOP of a picture, forward and backward, LPIPS not counted: {whole / 1e12:.4g}\n"
+          f"{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours")

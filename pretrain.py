@@ -71,7 +71,7 @@ def main():
 
 def train(args, world, model, recipe):
     """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
-    engine.choose_engine(args, world, model)
+    plan.choose_engine(args, world, model)
     out = engine.save_recipe(args, world)
     model.checkpoint_activations = args.checkpoint_activations
     wrapped = engine.distribute(model, model.model.layers, args, world)
@@ -79,7 +79,7 @@ def train(args, world, model, recipe):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = engine.adamw(trained, args)
     checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
-    bad, peak, flops = engine.BadSamples(out, args.max_bad), engine.peak(args, world), plan.flops_of(
+    bad, peak, flops = engine.BadSamples(out, args.max_bad, world), engine.peak(args, world), plan.flops_of(
         model, model.tokenizers.image.config)
     start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
     sources = [open_source(path, args.images) for path in expand(args.data)]
@@ -101,7 +101,7 @@ def train(args, world, model, recipe):
                             f"In the batch: {names}") from None
         bad(step + 1, micro, counts["samples"], counts["bad"])
         ended, saved = stop(), 0.0
-        if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
             saved = checkpoints.save(step + 1, [model], [optimizer], order.state_after(step + 1 - start), wait=ended)
         checkpoints.poll()
         seconds = time.perf_counter() - clock
@@ -109,7 +109,7 @@ def train(args, world, model, recipe):
             "tokens/s": counts["tokens"] / seconds, "images/s": counts["images"] / seconds,
             "peak": peak and sum(flops(counts).values()) / seconds / peak / world.size, "memory": engine.memory(world),
             "wait": waited, "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
-        if (step + 1) % args.sample_every == 0 or step + 1 == args.steps:
+        if engine.due(step, args.sample_every) or step + 1 == args.steps:
             look(world, model, wrapped, micro[0], out / "samples" / f"{step + 1:06d}.png")
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")

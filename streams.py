@@ -24,8 +24,8 @@ class Streams:
     image_ids: torch.Tensor     # (n_image, K), BOI = N, EOI = N + 1
     text_at: torch.Tensor       # (n_text,) place of each text token in the (B * L) grid of rows, right-padded
     image_at: torch.Tensor      # (n_image,)
-    order: torch.Tensor         # (B * L,) the way back: row of cat(text, image) that stands at each place; padding 0
     is_image: torch.Tensor      # (B, L) bool
+    asking: tuple               # modalities of the queries
     groups: list                # (rows (b,) or None for all, [(modality, start, end), ...]): rows cut alike
     text_rows: torch.Tensor     # (m_text,) text tokens that predict a counted target: the next row of text_ids
     image_rows: torch.Tensor    # (m_image,) image tokens that do: their target is the next row of image_ids
@@ -53,33 +53,36 @@ class Streams:
         if (image_ids < 0).any() or (image_ids >= config.vision_vocab_size).any():
             raise UserError(f"image ids run from {image_ids.min()} to {image_ids.max()}, expected 0 to "
                             f"{config.vision_vocab_size - 1} (codes, BOI, EOI)")
-        order = torch.zeros(len(lengths) * length, dtype=torch.long)
-        order[at[~image]] = torch.arange(len(text_ids))
-        order[at[image]] = torch.arange(len(text_ids), len(flat))
-        is_image = torch.zeros(len(order), dtype=torch.bool)
+        is_image = torch.zeros(len(lengths) * length, dtype=torch.bool)
         is_image[at[image]] = True
         is_image = is_image.view(len(lengths), length)
         rows = [flat.new_empty(0)] * 2 if counted is None else predictors(torch.cat(list(counted)), image, lengths)
-        return cls(lengths, length, text_ids, image_ids, at[~image], at[image], order, is_image, group(is_image), *rows)
+        groups = group(is_image)
+        asking = tuple(sorted({modality for _, cuts in groups for modality, _, _ in cuts}))
+        return cls(lengths, length, text_ids, image_ids, at[~image], at[image], is_image, asking, groups, *rows)
 
-    def modalities(self):
-        """of the queries"""
-        return {modality for _, cuts in self.groups for modality, _, _ in cuts}
-
-    def join(self, streams, width=None):
-        """[(n_text, W), (n_image, W)] -> (B, L, W) in sequence order; what stands at padding is never read."""
+    def join(self, streams):
+        """[(n_text, W), (n_image, W)] -> (B, L, W) in sequence order, zero at padding"""
         text, image = streams
-        if image is None and len(self.text_at) == len(self.order):
+        if image is None and len(self.text_at) == len(self.lengths) * self.length:
             return text.view(len(self.lengths), self.length, -1)
-        both = torch.cat([x for x in streams if x is not None])
-        return both[self.order].view(len(self.lengths), self.length, -1)
+        return Join.apply(text, image, self.places())
 
     def split(self, x, like):
         """(B, L, W) -> [(n_text, W), (n_image, W)]; None where `like` is"""
-        flat = x.flatten(0, 1)
-        if like[IMAGE] is None and len(self.text_at) == len(self.order):
-            return [flat, None]
-        return [None if y is None else flat[at] for y, at in zip(like, (self.text_at, self.image_at))]
+        if like[IMAGE] is None and len(self.text_at) == len(self.lengths) * self.length:
+            return [x.flatten(0, 1), None]
+        return list(Split.apply(x, self.places(), *(y is not None for y in like)))
+
+    def places(self):
+        """Where the streams' tokens stand in (B, L): for each modality its stretches where all rows have the same
+        (those of images in all of pretraining), else an index."""
+        rows, cuts = self.groups[0]
+        whole = len(self.text_at) + len(self.image_at) == len(self.lengths) * self.length     # no padding
+        alike = rows is None and whole, rows is None
+        spans = [[(start, end) for kind, start, end in cuts if kind == modality] if alike[modality] else None
+                 for modality in (TEXT, IMAGE)]
+        return len(self.lengths), self.length, whole, list(zip(spans, (self.text_at, self.image_at)))
 
     def with_images(self, codes):
         """Fill in the ids of whole images, (n_images, G*G, K), on the device they were computed on."""
@@ -92,6 +95,60 @@ class Streams:
                  if isinstance(getattr(self, f.name), torch.Tensor)}
         groups = [(None if rows is None else rows.to(device, non_blocking=True), cuts) for rows, cuts in self.groups]
         return replace(self, groups=groups, **moved)
+
+
+def put_together(streams, places):
+    """[(n_text, W), (n_image, W)] or None for one -> (B, L, W), zero where nothing stands"""
+    rows, length, whole, at = places
+    some = next(x for x in streams if x is not None)
+    both = (some.new_empty if whole and all(x is not None for x in streams) else some.new_zeros)(
+        rows, length, some.shape[1])
+    for x, (spans, index) in zip(streams, at):
+        if x is not None and spans is None:
+            both.view(rows * length, -1).index_copy_(0, index, x)
+        elif x is not None and spans:
+            widths = [end - start for start, end in spans]
+            for (start, end), part in zip(spans, x.view(rows, sum(widths), -1).split(widths, dim=1)):
+                both[:, start:end] = part
+    return both
+
+
+def take_apart(x, places, wanted):
+    """The way back: (B, L, W) -> for each modality (n, W), None where it is not wanted"""
+    parts = []
+    for want, (spans, index) in zip(wanted, places[3]):
+        if not want:
+            parts.append(None)
+        elif spans is None:
+            parts.append(x.flatten(0, 1).index_select(0, index))
+        else:
+            parts.append(torch.cat([x[:, start:end] for start, end in spans] or [x[:, :0]], dim=1).flatten(0, 1))
+    return tuple(parts)
+
+
+class Join(torch.autograd.Function):
+    """The gradient of putting together is taking apart and the other way round: copies, where the backward of an index
+    would add up what nothing is added to."""
+
+    @staticmethod
+    def forward(ctx, text, image, places):
+        ctx.places, ctx.has = places, (text is not None, image is not None)
+        return put_together((text, image), places)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *take_apart(gradient, ctx.places, ctx.has), None
+
+
+class Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places, *wanted):
+        ctx.places = places
+        return take_apart(x, places, wanted)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return put_together(gradients, ctx.places), None, None, None
 
 
 def predictors(counted, image, lengths):

@@ -89,6 +89,12 @@ def to_rgb(pixels):
     return 2 * (pixels * std + mean) - 1
 
 
+def to_pixels(rgb):
+    """The way back: [-1, 1] -> CLIP-normalised pixels"""
+    mean, std = (rgb.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return ((rgb + 1) / 2 - mean) / std
+
+
 def to_picture(rgb):
     """(3, R, R) in [-1, 1] -> PIL image"""
     return Image.fromarray(((rgb.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

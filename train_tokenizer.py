@@ -19,10 +19,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import engine
+import plan
 from checkpoints import Checkpoints, Stop
 from data import Pictures, expand, loader, open_source
 from engine import TOY, need
-from tokenizer import ImageTokenizer, ImageTokenizerConfig, read_clip_sizes, read_clip_weights, to_picture, to_rgb
+from tokenizer import (
+    ImageTokenizer,
+    ImageTokenizerConfig,
+    read_clip_sizes,
+    read_clip_weights,
+    to_picture,
+    to_pixels,
+    to_rgb,
+)
 from weights import UserError, assign, read_tensors, select
 
 
@@ -130,6 +139,16 @@ class LPIPS(nn.Module):
         return total
 
 
+def clip_distance(clip, rgb, pixels):
+    """LPIPS's formula on the frozen CLIP's own states: a perceptual loss for a small world that has no VGG. rgb
+    (B, 3, R, R) in [-1, 1], pixels as CLIP takes them -> mean over the patches, sum over the layers behind the first"""
+    with torch.no_grad():
+        wanted = clip.hidden_states(pixels)[2:]
+    states = clip.hidden_states(to_pixels(rgb.clamp(-1, 1)))[2:]
+    return sum((F.normalize(a[:, 1:].float(), dim=-1) - F.normalize(b[:, 1:].float(), dim=-1)).square().sum(-1).mean()
+               for a, b in zip(states, wanted))
+
+
 # ---------------------------------------------------------------- the stage
 
 NUMBERS = ("embed_dim", "codebook_size", "num_codebooks", "z_channels", "ch", "num_res_blocks", "num_attn_heads")
@@ -139,7 +158,7 @@ LISTS = ("select_layers", "ch_mult", "attn_resolutions")
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     g = parser.add_argument_group("what is trained, on what")
-    g.add_argument("--clip", metavar="DIR", dest="clip_folder", default=TOY / "clip", help="Hugging Face CLIP folder")
+    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"Hugging Face CLIP folder; None: {TOY}/clip")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
                    help="img2dataset shards; captions are not read")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
@@ -162,6 +181,9 @@ def options():
     g.add_argument("--disc-start", type=int, default=20_000, help="step at which the discriminator joins")
     g.add_argument("--disc-weight", type=float, default=0.8, help="of the adversarial loss, times its adaptive weight")
     g.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS")
+    g.add_argument("--l2-weight", type=float, default=0.0, help="of the mean squared error, beside L1's one")
+    g.add_argument("--clip-weight", type=float, default=0.0,
+                   help="of a perceptual loss in the frozen CLIP's own features, for where there is no VGG")
     g.add_argument("--entropy-weight", type=float, default=0.1, help="of the entropy losses")
     g.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
                    help="keep this running mean of the weights and save it instead of the last ones; 0: do not")
@@ -171,16 +193,12 @@ def options():
     return parser
 
 
-def new_tokenizer(args):
-    """A tokenizer over the CLIP of --clip; all but CLIP is new"""
-    sizes = read_clip_sizes(need(args.clip_folder))
+def new_tokenizer(args, clip):
+    """A tokenizer of these options over a CLIP of these sizes, all of it new"""
     tokenizer = ImageTokenizer(ImageTokenizerConfig(
-        clip=sizes, resolution=sizes["image_size"], grid=sizes["image_size"] // sizes["patch_size"],
+        clip=clip, resolution=clip["image_size"], grid=clip["image_size"] // clip["patch_size"],
         **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer", "encoder")}))
     if args.encoder == "clip":
-        with torch.device("meta"):
-            tokenizer.encoder.vision_tower.vision_model = type(tokenizer.clip)(**sizes)
-        assign(tokenizer.clip, read_clip_weights(args.clip_folder, torch.float32), args.clip_folder)
         tokenizer.clip.requires_grad_(False)
     return tokenizer
 
@@ -234,11 +252,22 @@ class Trained(nn.Module):
 
 def main():
     args = options().parse_args()
-    world = engine.start(args)
-    tokenizer = new_tokenizer(args).to(world.device)
+    if args.plan:
+        clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
+        with torch.device("meta"):
+            trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
+        return plan.show_tokenizer(args, trained, discriminator, clip["image_size"])
+    world, folder = engine.start(args), need(args.clip_folder or TOY / "clip")
+    tokenizer = new_tokenizer(args, read_clip_sizes(folder))
+    if args.encoder == "clip":
+        assign(tokenizer.clip, read_clip_weights(folder, torch.float32), folder)
+        tokenizer.clip.requires_grad_(False)
+    tokenizer.to(world.device)
     discriminator = Discriminator().to(world.device)
     if bool(args.vgg) != bool(args.lpips):
         raise UserError("LPIPS needs both --vgg and --lpips; without them the loss is L1 alone")
+    if args.clip_weight and args.encoder != "clip":
+        raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     lpips = LPIPS(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
     recipe = Pictures(tokenizer.config.resolution, args.seed)
     train(args, world, tokenizer, discriminator, lpips, recipe)
@@ -252,7 +281,7 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     wrapped, wrapped_disc = (engine.replicate(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
-    bad = engine.BadSamples(out, args.max_bad)
+    bad = engine.BadSamples(out, args.max_bad, world)
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
     sources = [open_source(path, args.images) for path in expand(args.data)]
     batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
@@ -269,13 +298,13 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
         samples = engine.total(torch.tensor([len(batch.names), len(batch.listed)], device=world.device), world).tolist()
         bad(step + 1, [batch], *samples)
         ended, saved = stop(), 0.0
-        if ended or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
             saved = checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start), wait=ended)
         checkpoints.poll()
         log(step + 1, numbers | {
             "lr": optimizers[0].param_groups[0]["lr"], "samples/s": args.batch / (time.perf_counter() - clock),
             "memory": engine.memory(world), "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
-        if world.first and ((step + 1) % args.sample_every == 0 or step + 1 == args.steps):
+        if world.first and (engine.due(step, args.sample_every) or step + 1 == args.steps):
             pairs = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(to_rgb(pixels[:8]), xrec[:8])], dim=2)
             to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
         if ended:
@@ -294,8 +323,13 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
     with world.autocast():
         xrec, ids, code = wrapped(pixels)
     xrec = xrec.float()
-    l1 = F.l1_loss(xrec, target)
-    nll = l1 + args.perceptual_weight * lpips(xrec, target) if lpips else l1
+    l1, mse = F.l1_loss(xrec, target), F.mse_loss(xrec, target)
+    nll = l1 + args.l2_weight * mse
+    if lpips:
+        nll = nll + args.perceptual_weight * lpips(xrec, target)
+    if args.clip_weight:
+        code["clip"] = clip_distance(tokenizer.clip, xrec, pixels)
+        nll = nll + args.clip_weight * code["clip"]
     loss, weight, judged = nll + code.pop("loss"), None, None
     if adversarial:
         g_loss = -disc(xrec).mean()
@@ -313,7 +347,7 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
         judged = discriminator_loss(disc(target), disc(xrec.detach()))
         judged.backward()
         critic.step()
-    mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)
+    mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)  # of what a picture can show
     numbers = {"l1": l1, "psnr": 10 * torch.log10(4 / mse), **code, "norm": norm, "disc": judged, "disc_weight": weight}
     return {name: None if value is None else value.item() for name, value in numbers.items()}, ids, xrec.detach()
 

@@ -107,11 +107,12 @@ def whole_state(checkpoint):
     return found
 
 
-@pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch"])
+@pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch", "--clip-weight 0.3 --l2-weight 5"])
 def test_other_tokenizers(toy, tmp_path, words):
-    """Fig. 2's and Table 3 (g)'s: trained, and read back by pretraining"""
+    """Fig. 2's and Table 3 (g)'s, and the demo's: trained by two processes with the discriminator, and read back"""
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out", tmp_path / "t",
-        TOKENIZER, "--steps 2", words, processes=2)
+        TOKENIZER, "--steps 3 --disc-start 1", words, processes=2)
+    assert log(tmp_path / "t")[2]["disc"] > 0 and ("clip" in log(tmp_path / "t")[2]) == ("clip" in words)
     run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", tmp_path / "t", "--data", toy / "captions/*.tar",
         "--out", tmp_path / "p", "--steps 1 --warmup 1 --batch 4")
     tensors = load_file(tmp_path / "p/image_tokenizer/model.safetensors")

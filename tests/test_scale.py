@@ -253,3 +253,5 @@ def test_plan_of_the_paper():
     assert "LLaMA                       6.738 B" in said and "expert                      4.229 B" in said
     assert "9% of that GPU's peak" in said and "the first that fits 80 GB" in said
     assert "learns" in run("sft.py", "--plan --micro-batch 1")
+    said = run("train_tokenizer.py", "--plan --memory 80")
+    assert "decoder" in said and "the first that fits 80 GB: ddp" in said
