@@ -452,7 +452,7 @@ ROWS = {"train": train_rows, "text": text_rows, "prefill": prefill_rows, "decode
         "tokenizer": tokenizer_rows, "data": data_rows, "whole": whole_rows}
 
 
-def main():
+def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="what to measure; None: all that the device's "
                         "sizes are for")
@@ -462,7 +462,11 @@ def main():
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: torch's choice")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", metavar="FILE", help="JSON of the rows")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = options().parse_args()
     if args.gpu and not torch.cuda.is_available():
         raise UserError("--gpu: no GPU is visible here; without it the CPU's rows are measured")
     if args.threads:

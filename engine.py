@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import barrier
@@ -81,6 +81,9 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
                             "that fits the device's memory")
         g.add_argument("--checkpoint-activations", action="store_true",
                        help="keep only what goes into a layer, compute the rest again: less memory, a third more time")
+        g.add_argument("--offload", action="store_true",
+                       help="zero and fsdp: float32 weights, gradients and AdamW in the CPU's memory; slower, but "
+                            "several times as much fits")
         g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
         g.add_argument("--peak", type=float, metavar="TFLOP/S", help="of the device, to log the share reached; None: "
                        "by the GPU's name")
@@ -149,6 +152,8 @@ def join(device, timeout=10, group=False):
 
 def start(args):
     """Join the other processes, seed, and fill in what the options left open."""
+    if getattr(args, "offload", False) and args.engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        args.engine = "zero"
     world = join(args.device, args.timeout, getattr(args, "engine", "ddp") in ("zero", "fsdp"))
     device, size = world.device, world.size
     if args.batch % size:
@@ -167,23 +172,28 @@ def distribute(model, blocks, args, world):
     if args.compile:
         for block in blocks:
             block.compile(dynamic=True)
+    if args.offload and args.engine == "ddp":
+        raise UserError("--offload: replicas (ddp) live on the device whole; give --engine zero or fsdp")
     if args.engine == "ddp":
         settle(model, world)
         return replicate(model, world)
     mesh = init_device_mesh(world.device.type, (world.size,))
     mixed = MixedPrecisionPolicy(*() if world.dtype == torch.float32 else (world.dtype, torch.float32))
     frozen = {p for p in model.parameters() if not p.requires_grad} if args.engine == "zero" else set()
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if args.offload else OffloadPolicy()
     for part in [*blocks, model]:
-        settle(part, world)
+        settle(part, world, frozen if args.offload else None)
         fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=args.engine == "fsdp",
-                    ignored_params=frozen)
+                    ignored_params=frozen, offload_policy=offload)
     return model
 
 
-def settle(module, world):
+def settle(module, world, stay=None):
+    """stay: with --offload the weights that live on the device all the same"""
     for p in module.parameters():
         if not isinstance(p.data, torch.distributed.tensor.DTensor):
-            p.data = p.data.to(world.device, torch.float32 if p.requires_grad else world.dtype)
+            where = world.device if stay is None or p in stay else "cpu"
+            p.data = p.data.to(where, torch.float32 if p.requires_grad else world.dtype)
 
 
 def replicate(model, world):

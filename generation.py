@@ -5,7 +5,7 @@
 A prompt that ends in text is continued with text; one that ends in BOI or inside an image is drawn to its end.
 """
 import math
-from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -26,8 +26,8 @@ class Cache:
         self.keys = {view: like.new_zeros(shape) for view in views}
         self.values = {view: like.new_zeros(shape) for view in views}
         self.lengths, self.filled = [0] * rows, 0
-        self.rows = torch.arange(rows, device=like.device)
-        self.start, self.mask = 0, None
+        self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
+        self.start, self.mask, self.whole = 0, None, False
 
     def put(self, layer, views):
         """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
@@ -39,18 +39,68 @@ class Cache:
                 buffer[view][layer][at] = (new[:, :, 0] if self.filled else new).to(buffer[view].dtype)
         if not self.filled:
             return views, None
-        end = max(self.lengths) + 1
+        end = len(self.places) if self.whole else self.filled + 1
         return {view: (self.keys[view][layer][:, :, :end], self.values[view][layer][:, :, :end])
                 for view in self.keys}, self.mask
 
     def advance(self, counts):
         """Rows have grown; prepare positions (B, 1, 1) and, where lengths differ, the mask (B, 1, 1, keys)."""
-        device = next(iter(self.keys.values())).device
         self.lengths = [length + n for length, n in zip(self.lengths, counts)]
+        if not self.filled:
+            self.start = torch.tensor(self.lengths, device=self.places.device)[:, None, None]
+        else:
+            self.start += 1                               # in place: a recorded step reads it where it lies
         self.filled = max(self.lengths)
-        self.start = torch.tensor(self.lengths, device=device)[:, None, None]
-        seen = torch.arange(self.filled + 1, device=device)
-        self.mask = None if len(set(self.lengths)) == 1 else (seen <= self.start)[:, None]
+        if self.whole:
+            self.mask.copy_((self.places <= self.start)[:, None])
+        else:
+            alike = len(set(self.lengths)) == 1
+            self.mask = None if alike else (self.places[:self.filled + 1] <= self.start)[:, None]
+
+    def fix(self):
+        """From now on attend to the whole buffers under a mask: nothing changes its place or its shape any more."""
+        if not self.whole:
+            self.whole, self.mask = True, (self.places <= self.start)[:, None]
+
+
+class Step:
+    """One more token for every row, for one pattern of modalities among the rows. On a GPU, where starting a thousand
+    small kernels takes longer than they run, a step is recorded as one CUDA graph and replayed."""
+
+    def __init__(self, model, streams, cache):
+        self.model, self.streams, self.cache, self.calls = model, streams, cache, 0
+        self.run = partial(model.step, streams, cache)
+
+    def __call__(self, text_ids, image_ids):
+        self.streams.text_ids.copy_(text_ids)
+        self.streams.image_ids.copy_(image_ids)
+        self.calls += 1
+        if self.calls == RECORD_AFTER.get(self.cache.places.device.type):
+            self.cache.fix()
+            self.run = recorded(self.run)
+        hidden = self.run()
+        self.cache.advance([1] * len(hidden))
+        return hidden
+
+
+RECORD_AFTER = {"cuda": 4}     # steps: short answers are over before recording pays
+
+
+def recorded(f):
+    """f() as one CUDA graph. Its inputs and outputs stay where they are; to call it twice does no harm."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f()                                               # libraries set themselves up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = f()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay
 
 
 class Sampler:
@@ -120,7 +170,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     sampler = Sampler(len(prompts), **sampling)
     done = torch.zeros(len(prompts), dtype=torch.bool)
     hidden = model.prefill(Streams.of(prompts, c).to(like.device), signal, cache)
-    steps = {}                                            # the indices of a step, for each pattern of modalities
+    steps = {}                                            # for each pattern of modalities
     for step in range(max_new_tokens):
         tokens = next_tokens(model, hidden, places, sampler)
         if stop is not None:
@@ -132,10 +182,9 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
         places = [after(place, c) for place in places]
         pattern = tuple(place is not None for place in places)
         if pattern not in steps:
-            steps[pattern] = Streams.of(list(tokens[:, None]), c).to(like.device)
+            steps[pattern] = Step(model, Streams.of(list(tokens[:, None]), c).to(like.device), cache)
         image = torch.tensor(pattern)
-        hidden = model.decode(replace(steps[pattern], text_ids=tokens[~image, 0].to(like.device),
-                                      image_ids=(tokens[image] - c.vocab_size).to(like.device)), cache)
+        hidden = steps[pattern](tokens[~image, 0], tokens[image] - c.vocab_size)
 
 
 def after(place, config):

@@ -350,11 +350,9 @@ class Libra(nn.Module):
         cache.advance(streams.lengths)
         return hidden[torch.arange(len(hidden)), torch.tensor(streams.lengths) - 1]
 
-    def decode(self, streams, cache):
+    def step(self, streams, cache):
         """One more token for every row (L = 1). -> its hidden state (B, D)"""
-        hidden = streams.join(self.hidden(streams, None, cache))[:, 0]
-        cache.advance([1] * len(hidden))
-        return hidden
+        return streams.join(self.hidden(streams, None, cache))[:, 0]
 
     def ask(self, images, question, max_new_tokens=128, **sampling):
         """images: a file, a PIL image, a list of them, or None. -> the answer. sampling: as generate takes it"""

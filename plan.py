@@ -138,16 +138,16 @@ def activations(config, streams, train_llama, dtype, again):
     return one + (config.num_hidden_layers - 1) * (tokens * config.hidden_size * dtype.itemsize if again else layer)
 
 
-def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers):
+def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, offload=False):
     """Weights, gradients and AdamW. Trained weights are float32 with a copy in `dtype` for the products; frozen ones
     are `dtype`. zero: gradients, AdamW and the float32 weights in shares, the copies whole; fsdp: all in shares, two
-    layers at a time whole."""
+    layers at a time whole. offload: the shares are in the CPU's memory."""
     b = dtype.itemsize
     copy = b if b < 4 else 0
     if engine == "ddp":
         return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
                 "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
-    share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
+    share, whole = (0 if offload else 1 / nproc), (1 if engine == "zero" else min(1, 2 / layers))
     return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
             "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
             "AdamW": trained * 8 * share}
@@ -161,7 +161,8 @@ def needs(args, model, eye, streams, nproc, dtype):
         see = {"image tokenizer": 4 * sum(p.numel() for p in ImageTokenizer(eye).parameters())}
     kept = {"activations": activations(model.config, streams, model.lm_head.weight.requires_grad, dtype,
                                        args.checkpoint_activations)}
-    return {engine: bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers) | see | kept for engine in ENGINES}
+    return {engine: bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, args.offload) | see | kept
+            for engine in ENGINES}
 
 
 ROOM = 0.92                    # of a GPU's memory: the rest is the allocator's and CUDA's own
@@ -180,7 +181,8 @@ def choose_engine(args, world, model):
     streams = batch_of(model.config, args.micro_batch, args.text_tokens, "sft" if tune else "pretrain")
     found = needs(args, model, model.tokenizers.image.config, streams, world.size, world.dtype)
     found = {engine: sum(parts.values()) for engine, parts in found.items()}
-    args.engine = next((engine for engine in ENGINES if found[engine] < ROOM * memory), "fsdp")
+    fits = [engine for engine in ENGINES[args.offload:] if found[engine] < ROOM * memory]     # ddp cannot offload
+    args.engine = fits[0] if fits else "fsdp"
     world.say(f"--engine auto: {args.engine} (GB needed: "
               + ", ".join(f"{engine} {size / 1e9:.1f}" for engine, size in found.items())
               + f"; a device has {memory / 1e9:.0f})")
@@ -231,6 +233,8 @@ def table(args, found, dtype):
         total = sum(parts.values()) / 1e9
         fits = fits or (engine if total < ROOM * args.memory else None)
         print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
+    if getattr(args, "offload", False):
+        print("  --offload: the shares of float32 weights, gradients and AdamW are in the CPU's memory (zero, fsdp)")
     print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
           + ("" if fits else "; try --checkpoint-activations or a smaller --micro-batch"))
 

@@ -64,10 +64,10 @@ def test_cached_is_uncached(kind, ending):
         ours = stack(generate(model, [prompt], signal, steps))[0]
         assert torch.equal(ours, expected)
         caches, seen = [], []
-        decode = model.decode
-        model.decode = lambda streams, cache: (caches.append(cache), seen.append(decode(streams, cache)))[1] or seen[-1]
+        step = model.step
+        model.step = lambda streams, cache: (caches.append(cache), seen.append(step(streams, cache)))[1] or seen[-1]
         list(generate(model, [prompt], signal, steps))
-        model.decode = decode
+        model.step = step
         for hidden, row in zip(seen, logits[1:]):
             if row is not None and row.dim() == 1:
                 assert (model.lm_head(hidden[0]) - row).abs().max() < 1e-4
@@ -111,6 +111,25 @@ def test_a_batch_of_texts_and_drawings():
     together = stack(generate(model, prompts, torch.cat(signals), 12))
     for row, (prompt, signal) in enumerate(zip(prompts, signals)):
         assert torch.equal(together[row], stack(generate(model, [prompt], signal, 12))[0])
+
+
+def test_recorded_steps_say_the_same(monkeypatch):
+    """What a GPU replays as a graph: whole buffers under a mask, inputs and outputs at fixed places"""
+    model, g, recordings = tiny.libra().eval(), torch.Generator().manual_seed(3), []
+    c = model.config
+    prompts = prompts_of(c, g) + [torch.cat([tiny.interleaved(c, 1, g), tiny.image_ids(c, 0)])]
+    signal = tiny.signals(c, prompts, g)
+    plain = stack(generate(model, prompts, signal, 12))
+
+    def recorded(f):
+        out = f().clone()
+        recordings.append(out)
+        return lambda: out.copy_(f())
+    monkeypatch.setattr("generation.RECORD_AFTER", {"cpu": 2})
+    monkeypatch.setattr("generation.recorded", recorded)
+    assert torch.equal(stack(generate(model, prompts, signal, 12)), plain) and len(recordings) == 2
+    alone = stack(generate(model, prompts[:1], None, 12))
+    assert torch.equal(alone[0], plain[0]) and len(recordings) == 3
 
 
 def test_stop_and_room():

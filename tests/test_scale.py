@@ -10,17 +10,21 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_pipeline import ROOT, base, log, pretrain, run, tokenizer, toy, tuned  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import engine
 import plan
 from checkpoints import Checkpoints
 from config import LibraConfig
 from model import Libra
+from streams import Streams
 
 ALONE = engine.World(0, 1, torch.device("cpu"), torch.float32)
 
@@ -82,6 +86,14 @@ def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F8
     assert "holds no checkpoint" in run("pretrain.py", *pretrain, "--export --out", tmp_path / "none", ok=False)
     name = "model.layers.0.self_attn.vision_q_proj.weight_A"
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("words", ["--engine fsdp", ""])
+def test_offload(pretrain, base, tmp_path, words):  # noqa: F811
+    run("pretrain.py", *pretrain, "--offload", words, "--out", tmp_path)
+    same(base, tmp_path)
+    said = run("pretrain.py", *pretrain, "--offload --engine ddp --out", tmp_path / "no", ok=False)
+    assert "give --engine zero or fsdp" in said
 
 
 def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):  # noqa: F811
@@ -219,6 +231,27 @@ def test_checkpointed_layers_keep_less_and_learn_the_same():
     planned = plan.activations(config, streams, True, torch.float32, True)
     assert found[1][0] < 0.2 * found[0][0] and found[1][0] < planned < 0.6 * found[0][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+def test_compiled_layers_serve_every_batch():
+    """--compile: other lengths, rows and images need no new graph, and nothing changes in what is computed"""
+    model, counter = tiny.libra(max_position_embeddings=128), CompileCounterWithBackend("aot_eager")
+    plain = tiny.libra(max_position_embeddings=128)
+    for block in model.model.layers:
+        block.compile(dynamic=True, backend=counter)
+    frames = []
+    for images, lengths in ((1, (20, 20)), (1, (25, 19)), (2, (30, 17, 18)), (1, (40, 33, 21, 17)), (2, (31, 60))):
+        pairs = [bench.sequence(model.config, length, images, seed) for seed, length in enumerate(lengths)]
+        streams = Streams.of([ids for ids, _ in pairs], model.config, counted=[counted for _, counted in pairs])
+        signal = torch.randn(images * len(lengths), 4, 12)
+        losses = [one.loss(streams, signal) for one in (model, plain)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses)
+        frames.append(counter.frame_count)
+    assert frames[0] > 0 and frames[1] == frames[-1] <= 6
+    for one, two in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tune", [False, True])
