@@ -74,6 +74,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
                    help="of samples that cannot be used, beyond which the run ends")
     g.add_argument("--timeout", type=float, default=10, metavar="MINUTES",
                    help="how long the processes wait for one that does not answer before the run ends")
+    g.add_argument("--deterministic", action="store_true",
+                   help="the GPU's deterministic kernels, slower: without them a resumed run differs in rounding")
     g.add_argument("--tensorboard", action="store_true", help="log there too, where that package is installed")
     if engines:
         g.add_argument("--engine", choices=("auto", *ENGINES), default="auto",
@@ -160,6 +162,9 @@ def start(args):
         raise UserError(f"--batch {args.batch} does not divide into {size} processes")
     args.micro_batch = getattr(args, "micro_batch", 0) or args.batch // size
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
