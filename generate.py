@@ -62,6 +62,12 @@ def options():
 
 def main():
     args = options().parse_args()
+    if args.attention and (args.question is None or len(args.image) != 1):
+        raise UserError(f"--attention looks at one --image while a question is answered; there are {len(args.image)} "
+                        f"images and {'no' if args.question is None else 'a'} question")
+    if args.raw and (args.attention or args.question is None and not args.batch):
+        raise UserError("--raw continues a question, or those of --batch, without a template; a chat and --attention "
+                        "need one")
     if args.temperature is None:
         args.temperature = 1.0 if args.draw or args.complete else 0.0
     dtype = engine.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
@@ -85,8 +91,6 @@ def main():
     else:
         answer(model, args, sampling)
         if args.attention:
-            if len(args.image) != 1:
-                raise UserError(f"--attention looks at one --image, {len(args.image)} were given")
             show_attention(model, args.question, args.image[0], args.attention)
 
 

@@ -368,3 +368,6 @@ def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
                            (["--micro-batch 4"], "does not divide"),
                            (["--data", toy / "llama/config.json"], "neither a tar shard nor JSON")):
         assert message in run("pretrain.py", *pretrain, "--out", tmp_path / "x", *words, ok=False)
+    for words, message in (("--raw", "--raw continues a question"), ("--attention a.png", "there are 0 images"),
+                           ("--raw --attention a.png --image b.png what", "a chat and --attention need one")):
+        assert message in run("generate.py", "--model", toy / "sft", *words.split(), ok=False)
