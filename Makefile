@@ -35,7 +35,8 @@ demo: $(VENV)/run
 	test -f $(TOY)/sft/model.safetensors || $(RUN) sft.py --model $(TOY)/pretrain --data $(TOY)/chats/chat.json \
 		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(BRIEF)
 	$(RUN) foreign.py --out $(TOY)/foreign
-	$(RUN) report.py --toy $(TOY) --began $$(cat .demo-began) $(LIMIT)
+	test $(TOY)/report.json -nt $(TOY)/sft/model.safetensors || \
+		$(RUN) report.py --toy $(TOY) --began $$(cat .demo-began) $(LIMIT)
 	@echo "demo took $$(( ($$(date +%s) - $$(cat .demo-began)) / 60 )) minutes; look at $(TOY)/report.png"
 	@rm -f .demo-began
 ifdef QUICK

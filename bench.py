@@ -200,6 +200,18 @@ def train_rows(bench, size):
             sides["the authors' way (masks, two score matrices)"] = step(model, partial(by_masks, model, *what))
         bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, sides, rows * length, "tokens/s",
                   memory=bench.memory)
+        if bench.device.type == "cuda":
+            bench.rows[-1]["kernels"] = kernels(bench, ours)
+            print("| attention runs on | " + ", ".join(name[:80] for name in bench.rows[-1]["kernels"]) + " |")
+
+
+def kernels(bench, f):
+    """The attention kernels that a call starts on the GPU"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        f()
+        bench.wait()
+    return sorted({event.key for event in profile.key_averages()
+                   if any(name in event.key.lower() for name in ("flash", "fmha", "attention"))})
 
 
 def several(images):
@@ -422,7 +434,9 @@ def whole_rows(bench, size):
                 except torch.OutOfMemoryError:
                     break
                 finally:
+                    model.zero_grad(set_to_none=True)
                     gc.collect()
+                    torch.cuda.empty_cache()
                 if bench.device.type == "cpu" and micro == 2:
                     break
 
