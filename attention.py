@@ -68,6 +68,9 @@ def causal_attention(q, k, v, mask=None):
     """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
     square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
     many, keys, block = q.shape[2], k.shape[2], 256
+    # CUDA's fast kernels take grouped heads or a mask, not both
+    if q.is_cuda and q.shape[1] != k.shape[1] and (mask is not None or 1 < many < keys):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
     if many == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, **gqa)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,11 @@ class Checkpoints:
         began = time.perf_counter()
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
-        if self.world.first:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        barrier(self.world)
-        try:
-            torch.save(random_state(), draft / f"random-{self.world.rank}.pt")
-            error = None
-        except FAILURES as failure:
-            error = failure
+        error = self._try(self._begin, draft) if self.world.first else None
+        if agreed(error is None, self.world):
+            error = self._try(torch.save, random_state(), draft / f"random-{self.world.rank}.pt")
+        else:
+            error = error or OSError("by another process")
         if agreed(error is None, self.world):
             writing = dcp.async_save(self._state(models, optimizers), checkpoint_id=draft, process_group=self.group)
             self.pending = writing, draft, final, {"step": step, "data": data, "processes": self.world.size}
@@ -59,6 +56,26 @@ class Checkpoints:
         if wait:
             self.finish()
         return time.perf_counter() - began
+
+    def _begin(self, draft):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+
+    def _try(self, f, *args):
+        """-> None, or what the disk had against it"""
+        try:
+            f(*args)
+        except FAILURES as failure:
+            return failure
+
+    @contextmanager
+    def finished(self):
+        """Around what may end the run with an error: what is being written gets its name first."""
+        try:
+            yield
+        except UserError:
+            self.finish()
+            raise
 
     def poll(self):
         """Finish what has been written by all processes; come back at once if it has not."""
@@ -69,17 +86,10 @@ class Checkpoints:
         """Wait for what is being written, and give it its name. A full disk costs this checkpoint, not the run."""
         if self.pending is None:
             return
-        (writing, draft, final, done), self.pending, error = self.pending, None, None
-        try:
-            writing.result()
-        except FAILURES as failure:
-            error = failure
+        (writing, draft, final, done), self.pending = self.pending, None
+        error = self._try(writing.result)
         if agreed(error is None, self.world):
-            try:
-                if self.world.first:
-                    self._name(draft, final, done)
-            except FAILURES as failure:
-                error = failure
+            error = self._try(self._name, draft, final, done) if self.world.first else None
             if agreed(error is None, self.world):
                 return
         self._lost(draft, error)
@@ -185,7 +195,7 @@ def set_random_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and state["cuda"] is not None:       # None: written without a GPU
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -80,7 +80,7 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     if engines:
         g.add_argument("--engine", choices=("auto", *ENGINES), default="auto",
                        help="replicas; replicas that share gradients and AdamW's state; all in shares; auto: the first "
-                            "that fits the device's memory")
+                            "that fits the device's memory; on one process the first, with --offload the second")
         g.add_argument("--checkpoint-activations", action="store_true",
                        help="keep only what goes into a layer, compute the rest again: less memory, a third more time")
         g.add_argument("--offload", action="store_true",
@@ -164,7 +164,7 @@ def start(args):
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)          # with warn_only attention stays as it is
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -190,6 +190,7 @@ def distribute(model, blocks, args, world):
         settle(part, world, frozen if args.offload else None)
         fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=args.engine == "fsdp",
                     ignored_params=frozen, offload_policy=offload)
+    model.travel_once = args.offload and args.engine == "zero"
     return model
 
 
@@ -210,9 +211,13 @@ def replicate(model, world):
 
 def gradients_travel(model, now):
     """Whether the next backward pass of replicas adds up the gradients of all processes: only the last pass of an
-    update must. zero and fsdp do it every time, or each process would hold all gradients whole."""
+    update must. zero and fsdp do it every time, or each process would hold all gradients whole; but with --offload zero
+    brings weights to the device and gradients back once an update, for that road is long."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
+    elif getattr(model, "travel_once", False):
+        model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
 
 
 def whole_weights(model):
@@ -275,8 +280,7 @@ class Log:
         if not self.world.first:
             return
         self.first_step = step if self.first_step is None else self.first_step
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        append(self.path, json.dumps({"step": step, **numbers}) + "\n")
         for name, value in numbers.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
@@ -306,6 +310,15 @@ def peak(args, world):
     return next((tera * 1e12 for key, tera in PEAKS.items() if key in name), None)
 
 
+def append(path, lines):
+    """A full disk must not end a run."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as error:
+        print(f"WARNING: {path} could not be written ({error})", file=sys.stderr, flush=True)
+
+
 class BadSamples:
     """Counts by cause, the names in bad_samples.jsonl; too many end the run"""
 
@@ -322,9 +335,8 @@ class BadSamples:
             listed = sum(lists, [])
         self.causes.update(cause for cause, _ in listed)
         if listed and self.world.first:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"step": step, "cause": cause, "name": name}) + "\n"
-                                   for cause, name in listed))
+            append(self.path, "".join(json.dumps({"step": step, "cause": cause, "name": name}) + "\n"
+                                      for cause, name in listed))
         self.seen, self.bad = self.seen + samples + bad, self.bad + bad
         if self.bad > max(20, self.most * self.seen):
             raise UserError(f"{self.bad} of {self.seen} samples cannot be used, more than --max-bad {self.most:g}: "

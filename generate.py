@@ -44,7 +44,8 @@ def options():
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
     g.add_argument("--attention", metavar="FILE", help="with one --image and a question: heat maps of each layer's "
                    "attention on the picture as the answer begins, and how layers and heads differ (Fig. 4, 7)")
-    g.add_argument("--out", metavar="FILE", default="out.png", help="where a drawn picture, or the answers, go")
+    g.add_argument("--out", metavar="FILE",
+                   help="where a drawn picture or the answers of --batch go; None: out.png, answers.jsonl")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
     g.add_argument("--verbose", action="store_true", help="print tokens/s, and what reading the weights allows")
@@ -62,6 +63,11 @@ def options():
 
 def main():
     args = options().parse_args()
+    jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption") if getattr(args, name)]
+    if len(jobs) + (args.question is not None) > 1:
+        raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
+                        + " and a question" * (args.question is not None))
+    args.out = args.out or ("answers.jsonl" if args.batch else "out.png")
     if args.attention and (args.question is None or len(args.image) != 1):
         raise UserError(f"--attention looks at one --image while a question is answered; there are {len(args.image)} "
                         f"images and {'no' if args.question is None else 'a'} question")

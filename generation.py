@@ -4,6 +4,7 @@
 
 A prompt that ends in text is continued with text; one that ends in BOI or inside an image is drawn to its end.
 """
+import functools
 import math
 from functools import partial
 
@@ -77,7 +78,7 @@ class Step:
         self.calls += 1
         if self.calls == RECORD_AFTER.get(self.cache.places.device.type):
             self.cache.fix()
-            self.run = recorded(self.run)
+            self.run = recorded(self.run, self.cache.places.device)
         hidden = self.run()
         self.cache.advance([1] * len(hidden))
         return hidden
@@ -86,15 +87,21 @@ class Step:
 RECORD_AFTER = {"cuda": 4}     # steps: short answers are over before recording pays
 
 
-def recorded(f):
+@functools.cache
+def side_stream(device):
+    """One for all recordings: libraries keep workspaces for each stream they meet"""
+    return torch.cuda.Stream(device)
+
+
+def recorded(f, device):
     """f() as one CUDA graph. Its inputs and outputs stay where they are; to call it twice does no harm."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, here = side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(here)
     with torch.cuda.stream(side):
         f()                                               # libraries set themselves up
-    torch.cuda.current_stream().wait_stream(side)
+    here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         out = f()
 
     def replay():

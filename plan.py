@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,8 +149,11 @@ def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, offload=False):
         return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
                 "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
     share, whole = (0 if offload else 1 / nproc), (1 if engine == "zero" else min(1, 2 / layers))
+    if offload and engine == "zero":                      # which brings gradients to the CPU once an update
+        share = 1
+    gradients, share = trained * 4 * (share + 1 / layers), 0 if offload else share
     return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
-            "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (share + (1 / layers)),
+            "weights": trained * (4 * share + b * whole), "gradients": gradients,
             "AdamW": trained * 8 * share}
 
 
@@ -177,6 +181,9 @@ def choose_engine(args, world, model):
         memory = torch.cuda.mem_get_info(world.device)[1]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.size
+    memory = torch.tensor(float(memory), dtype=torch.float64, device=world.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)            # one answer for unlike machines
+    memory = float(memory)
     tune = model.lm_head.weight.requires_grad
     streams = batch_of(model.config, args.micro_batch, args.text_tokens, "sft" if tune else "pretrain")
     found = needs(args, model, model.tokenizers.image.config, streams, world.size, world.dtype)
@@ -209,7 +216,8 @@ def show(args, config, eye, stage):
     for part, some in (parts | {"image tokenizer, frozen": list(see.parameters())}).items():
         learns = part != "image tokenizer, frozen" and some[0].requires_grad
         print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if learns else ''}")
-    table(args, needs(args, model, eye, streams, n, dtype), dtype)
+    table(args, needs(args, model, eye, streams, n, dtype), dtype,
+          sum(p.numel() for p in model.parameters() if p.requires_grad))
     counts = {"text": len(streams.text_ids), "image": len(streams.image_ids), "text_targets": len(streams.text_rows),
               "image_targets": len(streams.image_rows), "squares": sum(m * m for m in streams.lengths), "images": micro}
     flops = {part: count / micro for part, count in flops_of(model, eye)(counts).items()}
@@ -219,22 +227,24 @@ def show(args, config, eye, stage):
         print(f"  {part:24}{count / 1e12:9.4f}   {count / whole:.0%}")
     hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
     print(f"\n{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours, "
-          f"{hours / n:,.0f} hours on {n}")
+          f"{hours / n:,.0f} hours on {n}, to which --checkpoint-activations and --offload add theirs")
     if stage == "pretrain":
         print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
               f"{whole * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
 
 
-def table(args, found, dtype):
+def table(args, found, dtype, trained):
     again = getattr(args, "checkpoint_activations", False)
     print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations {'computed again' if again else 'kept'})")
     fits = None
     for engine, parts in found.items():
         total = sum(parts.values()) / 1e9
-        fits = fits or (engine if total < ROOM * args.memory else None)
+        allowed = engine != "ddp" or not getattr(args, "offload", False)
+        fits = fits or (engine if allowed and total < ROOM * args.memory else None)
         print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
     if getattr(args, "offload", False):
-        print("  --offload: the shares of float32 weights, gradients and AdamW are in the CPU's memory (zero, fsdp)")
+        print(f"  --offload: {16 * trained / args.nproc / 1e9:.0f} GB of the CPU's memory a process, "
+              f"{28 * trained / args.nproc / 1e9:.0f} while a checkpoint is written")
     print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
           + ("" if fits else "; try --checkpoint-activations or a smaller --micro-batch"))
 
@@ -260,7 +270,7 @@ def show_tokenizer(args, trained, discriminator, resolution):
     whole = counter.get_total_flops()
     table(args, {"ddp": {"frozen": 4 * sum(p.numel() for p in frozen), "weights": 4 * n,
                          "gradients": n * (4 + 4 * (args.nproc > 1)), "AdamW": 8 * n,
-                         "activations": kept.bytes * micro * dtype.itemsize // 4}}, dtype)
+                         "activations": kept.bytes * micro * dtype.itemsize // 4}}, dtype, n)
     hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
     print(f"\nTFLOP of a picture, forward and backward, LPIPS not counted: {whole / 1e12:.4g}\n"
           f"{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours")

@@ -99,7 +99,8 @@ def train(args, world, model, recipe):
             names = ", ".join(name for batch in micro for name in batch.names)
             raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update, in {out}. "
                             f"In the batch: {names}") from None
-        bad(step + 1, micro, counts["samples"], counts["bad"])
+        with checkpoints.finished():
+            bad(step + 1, micro, counts["samples"], counts["bad"])
         ended, saved = stop(), 0.0
         if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
             saved = checkpoints.save(step + 1, [model], [optimizer], order.state_after(step + 1 - start), wait=ended)

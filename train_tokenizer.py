@@ -292,11 +292,13 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
             for group in optimizer.param_groups:
                 group["lr"] = engine.learning_rate(step, args)
         pixels = batch.pixels.to(world.device, non_blocking=True)
-        numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
+        with checkpoints.finished():
+            numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
         numbers |= models[0].count(ids)
         models[0].average(step)
         samples = engine.total(torch.tensor([len(batch.names), len(batch.listed)], device=world.device), world).tolist()
-        bad(step + 1, [batch], *samples)
+        with checkpoints.finished():
+            bad(step + 1, [batch], *samples)
         ended, saved = stop(), 0.0
         if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
             saved = checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start), wait=ended)

@@ -121,7 +121,7 @@ def test_recorded_steps_say_the_same(monkeypatch):
     signal = tiny.signals(c, prompts, g)
     plain = stack(generate(model, prompts, signal, 12))
 
-    def recorded(f):
+    def recorded(f, device):
         out = f().clone()
         recordings.append(out)
         return lambda: out.copy_(f())

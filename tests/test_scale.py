@@ -88,9 +88,10 @@ def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F8
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
 
 
-@pytest.mark.parametrize("words", ["--engine fsdp", ""])
-def test_offload(pretrain, base, tmp_path, words):  # noqa: F811
-    run("pretrain.py", *pretrain, "--offload", words, "--out", tmp_path)
+@pytest.mark.parametrize("words, processes", [("--engine fsdp", 1), ("--micro-batch 1", 1),
+                                              ("--engine zero --micro-batch 1", 2)])
+def test_offload(pretrain, base, tmp_path, words, processes):  # noqa: F811
+    run("pretrain.py", *pretrain, "--offload", words, "--out", tmp_path, processes=processes)
     same(base, tmp_path)
     said = run("pretrain.py", *pretrain, "--offload --engine ddp --out", tmp_path / "no", ok=False)
     assert "give --engine zero or fsdp" in said
