@@ -7,7 +7,7 @@ import torch
 
 import attention
 from config import LibraConfig
-from model import Block, Libra, RMSNorm, rope_table
+from model import Block, Libra, RMSNorm, cross_entropy, product, rope_table
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
 from weights import UserError
@@ -362,3 +362,26 @@ def test_the_loss_of_words_alone_needs_no_gradient():
     with torch.no_grad():
         quiet = model(streams)
     assert all(torch.allclose(a, b) for a, b in zip(quiet, model(streams))) and quiet[1].sum() == 0
+
+
+def test_the_loss_in_pieces_is_the_loss():
+    """Logits of a few rows at a time: the same sum and gradients, and never all logits at once"""
+    head, targets, found = torch.nn.Linear(8, 500, dtype=torch.float64), torch.randint(500, (50,)), []
+    for most in (50, 16):
+        hidden, largest = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).double(), []
+        hook = head.register_forward_hook(lambda module, x, y, largest=largest: largest.append(len(y)))
+        hidden.requires_grad_()
+        loss = cross_entropy(head, hidden, targets, most)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, head.weight.grad))
+        head.weight.grad = None
+        hook.remove()
+        assert max(largest) == most
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_products_of_a_few_rows(rows):
+    x, weight = torch.randn(rows, 24), torch.randn(10, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, weight), x @ weight.T)
