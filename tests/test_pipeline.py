@@ -107,7 +107,8 @@ def whole_state(checkpoint):
     return found
 
 
-@pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch", "--clip-weight 0.3 --l2-weight 5 --deterministic"])
+@pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch",
+                                   "--clip-weight 0.3 --l2-weight 5 --deterministic"])
 def test_other_tokenizers(toy, tmp_path, words):
     """Fig. 2's and Table 3 (g)'s, and the demo's: trained by two processes with the discriminator, and read back"""
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out", tmp_path / "t",
