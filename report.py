@@ -110,7 +110,7 @@ def drawings(model, count, seed):
             wanted.append(thing)
     for start in range(0, count, 50):
         some = wanted[start:start + 50]
-        pictures = draw(model, [full_caption((thing,)) for thing in some], temperature=0.3, seed=seed + start)
+        pictures = draw(model, [full_caption((thing,)) for thing in some])
         for thing, picture in zip(some, pictures):
             found = detect(np.asarray(picture))[thing[3]]
             found = found if isinstance(found, tuple) else (None, None, None)
@@ -124,10 +124,10 @@ def completions(model, count, seed):
     """The upper half is given. Lower cells hold a valid object or clean ground?"""
     random, good, shown = np.random.default_rng([seed, 22]), Counter(), []
     source = scenes(random, "held out")
-    for start in range(0, count, 50):
+    for _ in range(0, count, 50):
         pictures = [Image.fromarray(render(next(source), random)) for _ in range(50)]
         rows = model.config.image_feature_resolution // 2
-        for truth, drawn in zip(pictures, complete(model, pictures, rows, temperature=0.3, seed=seed + start)):
+        for truth, drawn in zip(pictures, complete(model, pictures, rows)):
             cells = detect(np.asarray(drawn))[2:]
             good["cells"] += sum(cell != "unclear" for cell in cells)
             good["pictures"] += all(cell != "unclear" for cell in cells)
@@ -228,7 +228,7 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
         page.write(x + 240, y + 80, said if right else f"{said}  (it is {answer})", 15,
                    RIGHT if right else WRONG)
     page.y += (len(chosen) + 1) // 2 * (SIDE * SCALE + 14) + 16
-    page.title("What it draws", "from the words below, the contiguous signal zeroed (Sec. 4.3), temperature 0.3")
+    page.title("What it draws", "from the words below, greedily, the contiguous signal zeroed (Sec. 4.3)")
     for n, (words, picture) in enumerate(drawn[:8]):
         page.picture(24 + n * 142, page.y, picture)
         for i, line in enumerate(wrap(words, 17)):
