@@ -1,12 +1,16 @@
-"""What bench.py measures against: the least time that a model's products take, and the authors' way of computing it.
+"""What bench.py measures against: the least time that a model's products take, the authors' way of computing it, and
+the least that reading pictures takes.
 
-Both run the very model that is measured, with its weights and shapes.
+The first two run the very model that is measured, with its weights and shapes.
 """
+import io
 import math
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from model import LowRank, rope_table, rotate
@@ -138,3 +142,20 @@ def by_masks(model, streams, signal):
         x = x + route(block.mlp, "down_proj", F.silu(route(block.mlp, "gate_proj", y)) * route(block.mlp, "up_proj", y))
     text, pictures = streams.split(route(model.model, "norm", x), [x, x])
     return model.losses(text, pictures, streams, signal)
+
+
+# ---------------------------------------------------------------- reading pictures
+
+class Bare(torch.utils.data.Dataset):
+    """The least that has to be done: decode, scale, to a tensor"""
+
+    def __init__(self, pictures, resolution):
+        self.pictures, self.resolution = pictures, resolution
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        picture = Image.open(io.BytesIO(self.pictures[i])).convert("RGB")
+        picture = picture.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255)

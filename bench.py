@@ -27,7 +27,7 @@ from torch import nn
 
 import engine
 import pretrain
-from baselines import alone, by_masks, limit, products_of
+from baselines import Bare, alone, by_masks, limit, products_of
 from config import LibraConfig
 from data import Recipe, loader, open_source
 from generation import generate
@@ -358,21 +358,6 @@ def tokenizer_rows(bench, size):
 
 
 # ---------------------------------------------------------------- reading pictures
-
-class Bare(torch.utils.data.Dataset):
-    """The least that has to be done: decode, scale, to a tensor"""
-
-    def __init__(self, pictures, resolution):
-        self.pictures, self.resolution = pictures, resolution
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, i):
-        picture = Image.open(io.BytesIO(self.pictures[i])).convert("RGB")
-        picture = picture.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255)
-
 
 def write_shard(folder, count):
     """A tar shard of pictures of 500 x 400 pixels with captions, and a SentencePiece model. -> the JPEG files, Text"""
