@@ -260,13 +260,14 @@ def wrap(words, width):
 
 
 def mean(folders):
-    """Print the bars of several finished reports, mean and spread; keep them in the first folder's seeds.json"""
+    """Print the bars of several finished reports, mean and spread; keep them in the first one's report.json too"""
     rows, kept = [bars(read_json(need(folder / "report.json"))) for folder in folders], {}
     for same in zip(*rows):
         what, values, bar = same[0][0], [value for _, value, _ in same], same[0][2]
         kept[what] = {"mean": sum(values) / len(values), "values": values, "bar": bar}
         print(f"{what:48} {kept[what]['mean']:7.3f}   {min(values):.3f} to {max(values):.3f}   bar {bar}")
-    write_json(folders[0] / "seeds.json", kept)
+    path = folders[0] / "report.json"
+    write_json(path, read_json(path) | {"seeds": kept})
 
 
 def main():

@@ -345,7 +345,7 @@ def test_the_report_judges_itself(toy, base, tuned):
     assert bars["reconstruction, PSNR (dB)"]["value"] == report["reconstruction"]["psnr"] < 25
     assert Image.open(toy / "report.png").size[0] == 1180
     said = run("report.py", "--mean", toy, toy)
-    seeds = json.loads((toy / "seeds.json").read_text())
+    seeds = json.loads((toy / "report.json").read_text())["seeds"]
     assert "questions, 3 objects" in said and seeds["drawing, colour"]["values"] == [report["drawing"]["colour"]] * 2
 
 
