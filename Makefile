@@ -69,7 +69,7 @@ clean-demo:
 
 test: $(VENV)/test
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
