@@ -131,8 +131,8 @@ def kept_by(config, streams, train_llama, dtype):
 
 
 def activations(config, streams, train_llama, dtype, again):
-    """As kept_by, from models of one and of two layers, whatever the targets. again: layers keep what goes into them and compute the rest
-    again, one at a time."""
+    """As kept_by, from models of one and of two layers; the targets do not matter. again: layers keep what goes into
+    them and compute the rest again, one at a time."""
     one, two = (kept_by(LibraConfig(**(asdict(config) | {"num_hidden_layers": n, "contiguous_targets": False})),
                         streams, train_llama, dtype) for n in (1, 2))
     layer, tokens = two - one, len(streams.text_ids) + len(streams.image_ids)
