@@ -34,7 +34,7 @@ from generation import generate
 from model import Libra, Tokenizers, product
 from plan import CLIP_L, flops_of
 from streams import Streams
-from text import Text
+from text import IMG, Text, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from weights import UserError
 
@@ -152,22 +152,15 @@ HEAD = ("| what | size | seconds | rate | against | its seconds | times as fast 
 
 
 def sequence(config, length, images=1, seed=0):
-    """<s>, whole images one after another with a token between them, text to the end -> ids (L, K), counted (L,)"""
+    """<s>, images with a newline behind each, text to the end -> ids (L, K), counted (L,)"""
     g = torch.Generator().manual_seed(seed)
-    columns, parts = config.vision_codebook_num, []
-    for n in range(images):
-        edge = torch.full((1, columns), config.vocab_size + config.codes)
-        codes = torch.randint(config.codes, (config.image_tokens - 2, columns), generator=g) + config.vocab_size
-        parts += [torch.full((1, columns), 1 if n == 0 else 5), edge, codes, edge + 1]
-    rest = length - sum(len(part) for part in parts)
+    rest = length - 1 - images * (config.image_tokens + 1)
     if rest < 1:
         raise UserError(f"{images} images do not fit into {length} tokens at this size")
-    ids = torch.cat([*parts, torch.randint(3, config.vocab_size, (rest, 1), generator=g).expand(-1, columns)])
-    counted = torch.ones(length, dtype=torch.bool)
-    counted[0] = False
-    image = ids[:, 0] >= config.vocab_size
-    counted[1:] &= image[1:] == image[:-1]
-    return ids, counted
+    text = torch.randint(3, config.vocab_size, (rest,), generator=g).tolist()
+    codes = torch.randint(config.codes, (images, config.image_tokens - 2, config.vision_codebook_num), generator=g)
+    return spell_out([1, *[IMG, config.newline_token_id] * images, *text], [0, *[1, 0] * images, *[1] * rest],
+                     list(codes), config)
 
 
 def batch(bench, config, rows, length, images=1):

@@ -44,11 +44,10 @@ class Checkpoints:
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
         error = self._try(self._begin, draft) if self.world.first else None
-        if agreed(error is None, self.world):
+        begun = agreed(error is None, self.world)
+        if begun:
             error = self._try(torch.save, random_state(), draft / f"random-{self.world.rank}.pt")
-        else:
-            error = error or OSError("by another process")
-        if agreed(error is None, self.world):
+        if agreed(begun and error is None, self.world):
             writing = dcp.async_save(self._state(models, optimizers), checkpoint_id=draft, process_group=self.group)
             self.pending = writing, draft, final, {"step": step, "data": data, "processes": self.world.size}
         else:
@@ -126,12 +125,12 @@ class Checkpoints:
 
     def resume(self, wanted, models, optimizers, must=False):
         """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
-        newest = [self.newest() if wanted else None]
+        found = [self.newest() if wanted else None, any(self.out.glob("checkpoint-*[0-9]"))]
         if self.world.size > 1:                           # one decides: a shared disk may lag behind for the others
-            dist.broadcast_object_list(newest, group=self.group)
-        newest, = newest
+            dist.broadcast_object_list(found, group=self.group)
+        newest, some_there = found
         if newest is None:
-            if any(self.out.glob("checkpoint-*[0-9]")):
+            if some_there:
                 raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
                                 + ": --resume goes on with it, another --out begins anew, or remove them")
             if must:

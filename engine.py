@@ -96,6 +96,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--tflops", type=float, default=150, help="TFLOP/s that a GPU reaches, given or measured")
     if engines:
         g.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
+    else:
+        parser.set_defaults(engine="ddp", offload=False, checkpoint_activations=False, micro_batch=0)
     return parser
 
 
@@ -154,13 +156,15 @@ def join(device, timeout=10, group=False):
 
 def start(args):
     """Join the other processes, seed, and fill in what the options left open."""
-    if getattr(args, "offload", False) and args.engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        args.engine = "zero"
-    world = join(args.device, args.timeout, getattr(args, "engine", "ddp") in ("zero", "fsdp"))
+    if args.engine == "auto" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        args.engine = "zero" if args.offload else "ddp"
+    if args.engine == "ddp" and args.offload:
+        raise UserError("--offload: replicas (ddp) live on the device whole; give --engine zero or fsdp")
+    world = join(args.device, args.timeout, args.engine in ("zero", "fsdp"))
     device, size = world.device, world.size
     if args.batch % size:
         raise UserError(f"--batch {args.batch} does not divide into {size} processes")
-    args.micro_batch = getattr(args, "micro_batch", 0) or args.batch // size
+    args.micro_batch = args.micro_batch or args.batch // size
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -177,8 +181,6 @@ def distribute(model, blocks, args, world):
     if args.compile:
         for block in blocks:
             block.compile(dynamic=True)
-    if args.offload and args.engine == "ddp":
-        raise UserError("--offload: replicas (ddp) live on the device whole; give --engine zero or fsdp")
     if args.engine == "ddp":
         settle(model, world)
         return replicate(model, world)

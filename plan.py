@@ -148,12 +148,12 @@ def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, offload=False):
     if engine == "ddp":
         return {"frozen": frozen * b, "weights": trained * (4 + copy), "gradients": trained * (4 + 4 * (nproc > 1)),
                 "AdamW": trained * 8}                     # replicas keep a second copy of the gradients, in buckets
-    share, whole = (0 if offload else 1 / nproc), (1 if engine == "zero" else min(1, 2 / layers))
-    if offload and engine == "zero":                      # which brings gradients to the CPU once an update
-        share = 1
-    gradients, share = trained * 4 * (share + 1 / layers), 0 if offload else share
+    share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
+    stay = share                                          # of the gradients
+    if offload:                                           # zero brings them to the CPU once an update, fsdp each pass
+        share, stay = 0, engine == "zero"
     return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
-            "weights": trained * (4 * share + b * whole), "gradients": gradients,
+            "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (stay + 1 / layers),
             "AdamW": trained * 8 * share}
 
 
@@ -173,9 +173,9 @@ ROOM = 0.92                    # of a GPU's memory: the rest is the allocator's 
 
 
 def choose_engine(args, world, model):
-    """--engine auto: the first that fits the device's memory, activations of a pass included"""
-    if args.engine != "auto" or world.size == 1:
-        args.engine = "ddp" if args.engine == "auto" else args.engine
+    """--engine auto: the first that fits the device's memory, activations of a pass included. engine.start has decided
+    for one process alone."""
+    if args.engine != "auto":
         return
     if world.device.type == "cuda":
         memory = torch.cuda.mem_get_info(world.device)[1]
@@ -234,15 +234,15 @@ def show(args, config, eye, stage):
 
 
 def table(args, found, dtype, trained):
-    again = getattr(args, "checkpoint_activations", False)
-    print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations {'computed again' if again else 'kept'})")
+    print(f"\nGB of a GPU ({str(dtype).removeprefix('torch.')}, activations "
+          f"{'computed again' if args.checkpoint_activations else 'kept'})")
     fits = None
     for engine, parts in found.items():
         total = sum(parts.values()) / 1e9
-        allowed = engine != "ddp" or not getattr(args, "offload", False)
+        allowed = engine != "ddp" or not args.offload
         fits = fits or (engine if allowed and total < ROOM * args.memory else None)
         print(f"  {engine:6}{total:8.1f} = " + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
-    if getattr(args, "offload", False):
+    if args.offload:
         print(f"  --offload: {16 * trained / args.nproc / 1e9:.0f} GB of the CPU's memory a process, "
               f"{28 * trained / args.nproc / 1e9:.0f} while a checkpoint is written")
     print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
