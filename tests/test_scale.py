@@ -194,6 +194,16 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
     assert checkpoints.newest().name == "checkpoint-000001"
 
 
+def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_path):  # noqa: F811
+    """Weights blown up by the first update: the second's loss is no number. What was saved is what it met."""
+    said = run("pretrain.py", *pretrain, "--lr 1e38 --warmup 1 --out", tmp_path, ok=False)
+    assert "step 2: loss or gradient is not finite; saved before the update" in said
+    names = said.split("In the batch: ")[1].split()
+    assert len(names) == 6 and len(log(tmp_path)) == 1
+    done = json.loads((tmp_path / "checkpoint-000001/done.json").read_text())
+    assert done["step"] == 1
+
+
 def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path):  # noqa: F811
     entries = json.loads((toy / "eval/held_out_captions.json").read_text())
     for number, name in ((0, "gone.png"), (1, "../../up.png")):

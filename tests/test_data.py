@@ -1,0 +1,105 @@
+"""Reading: every sample exactly once an epoch whoever reads on, and every way in which a sample can be unusable."""
+import io
+import json
+import tarfile
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from data import Batches, Order, Recipe, Samples, list_shard, open_source
+from text import Text
+
+
+@pytest.mark.parametrize("then", [1, 4])
+def test_another_number_of_processes_goes_on_without_loss(tmp_path, then):
+    """Two processes read a part of the epoch, one or four the rest: each sample once"""
+    sources = []
+    for n, entries in enumerate((37, 20, 48)):
+        path = tmp_path / f"{n}.json"
+        path.write_text(json.dumps([{"image": f"{n}-{i}.png", "caption": ["a cat"]} for i in range(entries)]))
+        sources.append(open_source(path, tmp_path))
+    seen, state = Counter(), None
+    for world, batches in ((2, 5), (then, 100)):
+        ranks = [Batches(Order(sources, seed=3, state=state), 8, 1, rank, world) for rank in range(world)]
+        streams = [iter(rank) for rank in ranks]
+        for _ in range(batches):
+            for stream in streams:
+                for _ in range(8 // world):
+                    (epoch, place), = next(stream)
+                    seen[epoch, place] += 1
+        state = ranks[0].state_after(batches)
+        assert all(rank.state_after(batches) == state for rank in ranks)
+    first = {place: count for (epoch, place), count in seen.items() if epoch == 0}
+    assert len(first) == 105 and set(first.values()) == {1}
+
+
+def picture(form="JPEG"):
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), 90, dtype=np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def bomb():
+    """A small PNG that says it has 60,000 x 60,000 pixels"""
+    png = bytearray(picture("PNG"))
+    png[16:24] = (60_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    return bytes(png)
+
+
+def what_is_read(source, folder):
+    """-> {name: cause, or None where it is fine}"""
+    text = Text(tiny.spm(folder))
+    config = tiny.config(vocab_size=text.vocab_size, max_position_embeddings=800)
+    samples = Samples([source], Recipe(text, config, 32, 800))
+    found = {}
+    for place in list_shard([source], (0, 0)):
+        one = samples[0, place]
+        found[one["name"] if isinstance(one, dict) else one.name] = None if isinstance(one, dict) else one.cause
+    return found
+
+
+def test_what_can_be_wrong_in_a_shard(tmp_path):
+    path = tmp_path / "00000.tar"
+    files = {"0.jpg": picture(), "0.txt": b"a cat", "1.jpg": picture()[:200], "1.txt": b"a cat", "2.txt": b"a cat",
+             "3.jpg": picture(), "3.json": b'{"caption": ', "4.jpg": picture(), "4.txt": b" *#~ ", "5.png": bomb(),
+             "5.txt": b"a cat", "6.jpg": picture(), "6.txt": b"a dog", "7.jpg": picture(), "7.txt": b"cut away"}
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    expected = {"0": None, "1": "bad_image", "2": "no_image", "3": "bad_json", "4": "no_caption", "5": "bad_image",
+                "6": None}
+    assert what_is_read(open_source(path), tmp_path) == expected | {"7": None}
+    with tarfile.open(path) as tar:
+        at = tar.getmember("7.jpg").offset_data
+    path.write_bytes(path.read_bytes()[:at + 100])        # in the middle of a picture
+    found = what_is_read(open_source(path), tmp_path)
+    assert found.pop(f"{path} (cut off)") == "cut_tar" and found.pop("7") in ("bad_image", "no_caption")
+    assert found == expected
+
+
+def test_what_can_be_wrong_in_a_conversation(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "b.jpg").write_bytes(picture()[:200])
+    talk = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "a cat"}]
+    entries = {"fine": {"image": "a.jpg", "conversations": talk}, "text": {"conversations": [
+        {"from": "human", "value": "what"}, {"from": "gpt", "value": "red"}]},
+        "gone": {"image": "c.jpg", "conversations": talk}, "broken": {"image": "b.jpg", "conversations": talk},
+        "outside": {"image": "../a.jpg", "conversations": talk}, "silent": {"image": "a.jpg", "conversations": []},
+        "unanswered": {"image": "a.jpg", "conversations": talk[:1]},
+        "turned": {"image": "a.jpg", "conversations": [talk[0], talk[0]]},
+        "unmarked": {"image": "a.jpg", "conversations": [{"from": "human", "value": "what"}, talk[1]]},
+        "odd": {"image": "a.jpg", "conversations": [{"from": "human"}, talk[1]]}, "bare": {"image": "a.jpg"}}
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"id": name, **entry} for name, entry in entries.items()]))
+    found = what_is_read(open_source(path, tmp_path), tmp_path)
+    assert {name: cause for name, cause in found.items() if name in entries} == {
+        "fine": None, "text": None, "gone": "no_image", "broken": "bad_image", "outside": "path_outside",
+        "silent": "no_label", "unanswered": "image_marks", "turned": "roles", "unmarked": "image_marks"}
+    assert sorted(cause for name, cause in found.items() if name not in entries) == ["KeyError", "KeyError"]
