@@ -68,7 +68,7 @@ class Bench:
         self.wait()
         return result if isinstance(result, float) else time.perf_counter() - began
 
-    def row(self, name, size, sides, work=None, unit="s", memory=True, **more):
+    def row(self, name, size, sides, work=None, unit="s", memory=True, repeat=0, **more):
         """sides: {name: function}, ours first; each is timed in turn, `repeat` times, after one warm-up. A function may
         return the seconds itself. work: what one call does, in `unit`. Prints and keeps one row for each other side."""
         peaks = {side: self.peak(f) for side, f in sides.items()} if memory else {}
@@ -76,7 +76,7 @@ class Bench:
             for f in sides.values():
                 f()
         times = {side: [] for side in sides}
-        for _ in range(self.repeat):
+        for _ in range(repeat or self.repeat):
             for side, f in sides.items():
                 times[side].append(self.seconds(f))
         ours, *others = sides
@@ -189,7 +189,7 @@ def train_rows(bench, size):
         what = batch(bench, model.config, rows, length, images)
         ours = step(model, partial(model, *what))
         sides = {"ours": ours, "limit (products, one causal attention)": limit(model, ours, rows, length)}
-        if size != "full":
+        if size in ("tiny", "small"):
             sides["the authors' way (masks, two score matrices)"] = step(model, partial(by_masks, model, *what))
         bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, sides, rows * length, "tokens/s",
                   memory=bench.memory)
@@ -211,7 +211,7 @@ def several(images):
     return f"{images} image{'s' * (images > 1)}"
 
 
-LAYOUTS = {"tiny": [(16, 80, 1)], "small": [(2, 640, 1), (1, 2048, 3)]}    # rows, tokens, images
+LAYOUTS = {"tiny": [(16, 80, 1)], "small": [(2, 640, 1), (1, 2048, 3)], "layer": [(1, 640, 1)]}   # rows, tokens, images
 
 
 def prefill_rows(bench, size, length=640):
@@ -321,7 +321,7 @@ def growth_rows(bench, size):
         length = length if size != "tiny" else length // 8
         ours = step(model, partial(model, *batch(bench, model.config, rows, length, images)))
         bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, {"ours": ours}, rows * length,
-                  "tokens/s", memory=bench.memory)
+                  "tokens/s", memory=bench.memory, repeat=2)
 
 
 def eye_sizes(size):
