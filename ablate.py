@@ -1,18 +1,22 @@
 """Table 3, Fig. 2, 3a and 4 at toy size: Libra and its ablations, each one switch away, over several seeds.
 
-    make ablate                          # on the demo's files; hours on two cores. Broken off, it goes on where it was
+    make ablate                          # on the demo's files; two hours on two cores. Broken off, it goes on
     python ablate.py --show              # only the table and the picture of what is there
 
 Same data, steps and seeds for all rows. runs/ablation/ gets a folder for each row and seed, table.md and ablation.png.
 """
 import argparse
 import json
+import multiprocessing
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,9 +62,9 @@ def train(args, name, seed, folder):
     toy, words = args.toy, ROWS[name][0]
     data, eye = f"'{toy}/captions/*.tar'", toy / "tokenizer"
     if name.startswith("(c)"):
-        data = few(toy, args.out, 0.06)
+        data = args.out / "few.tar"
     if name.startswith("(g)"):
-        eye = tokenizer(args, "scratch", "--encoder scratch --clip-weight 0")
+        eye = args.out / "tokenizer-scratch"
     if not (folder / "pretrain/model.safetensors").exists():
         run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", eye, "--data", data, "--out",
             folder / "pretrain", "--seed", seed, "--resume", args.pretrain, words)
@@ -69,7 +73,7 @@ def train(args, name, seed, folder):
 
 
 def few(toy, out, share):
-    """One shard with the first samples of the demo's -> its path"""
+    """Row (c): one shard with the first samples of the demo's"""
     path = out / "few.tar"
     if not path.exists():
         sources = sorted((toy / "captions").glob("*.tar"))
@@ -78,16 +82,14 @@ def few(toy, out, share):
             for member in members[:int(share * len(sources) * len(members) / 3) * 3]:
                 kept.addfile(member, first.extractfile(member))
         path.with_suffix(".tmp").rename(path)
-    return path
 
 
 def tokenizer(args, name, words):
-    """An image tokenizer by another recipe, trained once -> its folder"""
+    """An image tokenizer by another recipe, trained once"""
     folder = args.out / f"tokenizer-{name}"
     if not (folder / "model.safetensors").exists():
         run("train_tokenizer.py", "--clip", args.toy / "clip", "--data", f"'{args.toy}/captions/*.tar'", "--out",
             folder, "--resume", args.tokenizer, words)
-    return folder
 
 
 # ---------------------------------------------------------------- what a row is worth
@@ -202,6 +204,39 @@ def picture(args):
     page.save(args.out / "ablation.png")
 
 
+def row(args, seed, name):
+    """All of one row and seed, or what is missing of it"""
+    folder, began = args.out / f"{slug(name)}-{seed}", time.time()
+    print(f"{name}, seed {seed}", flush=True)
+    train(args, name, seed, folder)
+    measure(args, name, seed, folder, (time.time() - began) / 60)
+
+
+def reconstruct(args, name):
+    """Fig. 2: what comes back of pictures through one quantizer"""
+    tokens = ImageTokenizer.from_pretrained(args.toy / "tokenizer" if name == "lfq" else args.out / f"tokenizer-{name}")
+    write_json(args.out / f"reconstruction-{name}.json", reconstructions(
+        SimpleNamespace(tokenizers=SimpleNamespace(image=tokens)), max(50, args.limit), 0))
+
+
+def work(args):
+    """Everything that is not there yet, several things beside each other"""
+    wanted = [name for name in ROWS if not args.rows or slug(name) in args.rows]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))     # of all it starts
+    tokenizers = [partial(tokenizer, args, name, words) for name, words, row in (
+        ("scratch", "--encoder scratch --clip-weight 0", "(g) encoder from scratch"), ("vq", "--quantizer vq", None))
+        if row in wanted or row is None and not args.rows]
+    rows = [partial(row, args, seed, name) for seed in args.seeds for name in wanted
+            if not (args.out / f"{slug(name)}-{seed}" / "result.json").exists()]
+    pictures = [] if args.rows else [partial(reconstruct, args, name) for name in ("lfq", "vq")]
+    if "(c) 6 % of the data" in wanted:
+        few(args.toy, args.out, 0.06)
+    for tasks in (tokenizers, rows + pictures):
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for task in [pool.submit(task) for task in tasks]:
+                task.result()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
@@ -213,23 +248,13 @@ def main():
     parser.add_argument("--pretrain", default="", metavar="WORDS", help="options of pretrain.py")
     parser.add_argument("--sft", default="", metavar="WORDS", help="options of sft.py")
     parser.add_argument("--limit", type=int, default=600, help="questions and captions that are scored")
+    parser.add_argument("--jobs", type=int, default=2, help="how many rows run beside each other, each with its share "
+                        "of the cores: two on a core each take less time than one after the other on two")
     parser.add_argument("--show", action="store_true", help="only table and picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in [] if args.show else args.seeds:
-        for name in ROWS:
-            folder = args.out / f"{slug(name)}-{seed}"
-            if args.rows and slug(name) not in args.rows or (folder / "result.json").exists():
-                continue
-            began = time.time()
-            print(f"{name}, seed {seed}", flush=True)
-            train(args, name, seed, folder)
-            measure(args, name, seed, folder, (time.time() - began) / 60)
-    for name in () if args.show or args.rows else ("lfq", "vq"):
-        folder = args.toy / "tokenizer" if name == "lfq" else tokenizer(args, name, "--quantizer vq")
-        tokens = ImageTokenizer.from_pretrained(folder)
-        write_json(args.out / f"reconstruction-{name}.json", reconstructions(
-            SimpleNamespace(tokenizers=SimpleNamespace(image=tokens)), max(50, args.limit), 0))
+    if not args.show:
+        work(args)
     table(args)
     picture(args)
 

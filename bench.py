@@ -264,7 +264,7 @@ def decode_rows(bench, size, tokens=32):
     print(f"|  | {size} | {tokens * size_of / seconds / 1e9:.1f} GB/s of weights |")
     for rows in (4, 16):
         batched = decoding(bench, model, [ids] * rows, signal.expand(rows, -1, -1), tokens)
-        bench.row(f"decode, batch {rows}", size, {"ours": batched}, rows * tokens, "tokens/s", memory=False)
+        bench.row(f"decode, batch {rows}", size, {"ours": batched}, rows * tokens, "tokens/s", memory=False, repeat=2)
 
 
 def text_rows(bench, size, rows=2, length=640, tokens=32):

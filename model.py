@@ -333,11 +333,11 @@ class Libra(nn.Module):
 
     def regress(self, image, streams, signal):
         """Table 3 (b): the sum over counted targets of the mean squared distance to the next token's E_c, normalised
-        token by token; EOI has none."""
+        token by token; EOI has none, nor has an image whose E_c is left out."""
         rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
         target = by_token(signal, len(image))[rows + 1].float()
-        target = F.layer_norm(target, target.shape[-1:])
-        return (self.vision_regression(image[rows]).float() - target).square().mean(-1).sum()
+        distance = self.vision_regression(image[rows]).float() - F.layer_norm(target, target.shape[-1:])
+        return (distance.square().mean(-1) * target.any(-1)).sum()
 
     def loss(self, streams, signal=None):
         """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
