@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from streams import IMAGE, TEXT
 
@@ -54,7 +55,9 @@ def routed_attention(q, views, streams, mask=None):
         parts = []
         for modality, start, end in cuts:
             k, v = (t[rows, :, :keys - q.shape[2] + end] for t in views[modality])            # the cache, and up to end
-            parts.append(causal_attention(q[rows, :, start:end], k, v, None if mask is None else mask[rows]))
+            first = 0 if 2 * start <= end and keys == q.shape[2] else start       # a square: flash kernels take it
+            part = causal_attention(q[rows, :, first:end], k, v, None if mask is None else mask[rows])
+            parts.append(part[:, :, start - first:])
         out.append(torch.cat(parts, dim=2))
     if len(out) == 1:
         return out[0]
@@ -66,7 +69,7 @@ MOST_CALLS = 32    # beyond it two calls over everything are faster than many sh
 
 def causal_attention(q, k, v, mask=None):
     """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
-    square case; a tail takes a small mask, in blocks, so that no mask of L x L is made."""
+    square case. A tail has its own kernel on CUDA; elsewhere it takes small masks, in blocks: none of L x L is made."""
     many, keys, block = q.shape[2], k.shape[2], 256
     # CUDA's fast kernels take grouped heads or a mask, not both
     if q.is_cuda and q.shape[1] != k.shape[1] and (mask is not None or 1 < many < keys):
@@ -76,6 +79,8 @@ def causal_attention(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, mask, **gqa)
     if many == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, causal_lower_right(many, keys))
     parts = []
     for start in range(0, many, block):
         end = min(start + block, many)
