@@ -100,7 +100,9 @@ class Streams:
 def put_together(streams, places):
     """[(n_text, W), (n_image, W)] or None for one -> (B, L, W), zero where nothing stands"""
     rows, length, whole, at = places
-    some = next(x for x in streams if x is not None)
+    some = max((x for x in streams if x is not None), key=len)
+    if len(some) == rows * length:
+        return some.view(rows, length, -1)                # all of one modality: nothing to put together
     both = (some.new_empty if whole and all(x is not None for x in streams) else some.new_zeros)(
         rows, length, some.shape[1])
     for x, (spans, index) in zip(streams, at):
@@ -122,7 +124,8 @@ def take_apart(x, places, wanted):
         elif spans is None:
             parts.append(x.flatten(0, 1).index_select(0, index))
         else:
-            parts.append(torch.cat([x[:, start:end] for start, end in spans] or [x[:, :0]], dim=1).flatten(0, 1))
+            pieces = [x[:, start:end] for start, end in spans] or [x[:, :0]]
+            parts.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).flatten(0, 1))
     return tuple(parts)
 
 
