@@ -26,7 +26,7 @@ PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text
 SFT = --steps 1400 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 demo: $(VENV)/run
-	@date +%s > .demo-began
+	@mkdir -p $(TOY) && date +%s > $(TOY)/.began
 	$(RUN) toy.py --out $(TOY) $(WORLD)
 	test -f $(TOY)/tokenizer/model.safetensors || $(RUN) train_tokenizer.py --clip $(TOY)/clip \
 		--data '$(TOY)/captions/*.tar' --out $(TOY)/tokenizer --resume $(TOKENIZER) $(SHORT)
@@ -36,9 +36,9 @@ demo: $(VENV)/run
 		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(BRIEF)
 	$(RUN) foreign.py --out $(TOY)/foreign
 	test $(TOY)/report.json -nt $(TOY)/sft/model.safetensors || \
-		$(RUN) report.py --toy $(TOY) --began $$(cat .demo-began) $(LIMIT)
-	@echo "demo took $$(( ($$(date +%s) - $$(cat .demo-began)) / 60 )) minutes; look at $(TOY)/report.png"
-	@rm -f .demo-began
+		$(RUN) report.py --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
+	@echo "demo took $$(( ($$(date +%s) - $$(cat $(TOY)/.began)) / 60 )) minutes; look at $(TOY)/report.png"
+	@rm -f $(TOY)/.began
 ifdef QUICK
 	@echo "QUICK=1 only shows that every stage runs: nothing was learned."
 endif

@@ -266,7 +266,7 @@ def learning_rate(step, args):
 # ---------------------------------------------------------------- the log
 
 class Log:
-    """One line for every tenth step on the screen, every step as JSON in log.jsonl"""
+    """One line a step, on the screen and as JSON in log.jsonl"""
 
     def __init__(self, out, args, world):
         self.world, self.steps, self.began, self.first_step, self.board = world, args.steps, time.time(), None, None
@@ -278,7 +278,7 @@ class Log:
                 raise UserError("--tensorboard: that package is not here; pip install tensorboard") from None
             self.board = SummaryWriter(out)
 
-    def __call__(self, step, numbers, every=10):
+    def __call__(self, step, numbers):
         if not self.world.first:
             return
         self.first_step = step if self.first_step is None else self.first_step
@@ -286,12 +286,9 @@ class Log:
         for name, value in numbers.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
-        if step % every == 0 or step == self.steps:
-            done = max(1, step - self.first_step)
-            left = (time.time() - self.began) / done * (self.steps - step)
-            words = " ".join(f"{name} {value:.4g}" for name, value in numbers.items()
-                             if isinstance(value, (int, float)))
-            print(f"step {step}/{self.steps} {words} | {clock(left)} left", flush=True)
+        left = (time.time() - self.began) / max(1, step - self.first_step) * (self.steps - step)
+        words = " ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
+        print(f"step {step}/{self.steps} {words} | {clock(left)} left", flush=True)
 
 
 def memory(world):

@@ -31,7 +31,8 @@ def options():
     g.add_argument("--image-tokenizer", metavar="DIR",
                    help=f"folder of train_tokenizer.py, or libra-vision-tokenizer; None: {TOY}/tokenizer")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
-                   help="img2dataset shards ('{00000..07776}.tar', globs) and COCO Karpathy JSON")
+                   help="img2dataset shards ('{00000..07776}.tar', globs) and COCO Karpathy JSON, drawn in proportion "
+                        "to their size; FILE@3: each epoch reads it three times")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what image paths in JSON files are relative to")
     g.add_argument("--max-length", type=int, default=700, help="tokens of a sample")

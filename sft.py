@@ -20,7 +20,8 @@ def options():
     g = parser.add_argument_group("what is trained, on what")
     g.add_argument("--model", metavar="DIR",
                    help=f"model folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
-    g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "chats/chat.json")], help="LLaVA JSON files")
+    g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "chats/chat.json")],
+                   help="LLaVA JSON files; FILE@3: each epoch reads it three times")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what their image paths are relative to")
     g.add_argument("--max-length", type=int, default=2048, help="tokens of a sample; longer ones are cut at the right")

@@ -160,7 +160,8 @@ def options():
     g = parser.add_argument_group("what is trained, on what")
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"Hugging Face CLIP folder; None: {TOY}/clip")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
-                   help="img2dataset shards; captions are not read")
+                   help="img2dataset shards, COCO and LLaVA JSON, of which the pictures are read; FILE@3: each epoch "
+                        "reads it three times")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what paths in JSON files are relative to")
     g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; without them only L1")

@@ -166,6 +166,16 @@ def test_two_processes_learn_what_one_learns(pretrain, base, tmp_path):
         assert (one[name] - two[name]).norm() <= bar * one[name].norm().clamp(min=1e-3), name
 
 
+def test_the_log(pretrain, base, tmp_path):
+    """One line a step with all that it holds on the screen, as JSON and for tensorboard"""
+    said = run("pretrain.py", *pretrain, "--out", tmp_path, "--steps 2 --tensorboard --peak 1")
+    lines = [line for line in said.splitlines() if re.match(r"step \d+/2 ", line)]
+    assert len(lines) == len(log(tmp_path)) == 2
+    for name in ("loss", "text", "image", "lr", "norm", "tokens/s", "images/s", "peak", "memory", "wait", "skipped"):
+        assert f" {name} " in lines[1] and name in log(tmp_path)[1]
+    assert lines[1].endswith("0:00 left") and list(tmp_path.glob("events.out.tfevents*"))
+
+
 def test_instruction_tuning_trains_all(base, tuned):
     before, after = (load_file(path / "model.safetensors") for path in (base, tuned))
     same = [name for name in before if torch.equal(before[name], after[name])]
