@@ -8,11 +8,13 @@ sizes. Frozen weights are not in it: they lie in the folders that the recipe nam
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from weights import UserError, read_json, some, write_json
+from weights import UserError, read_json, some, sync, write_json
 
 FAILURES = (OSError, RuntimeError, CheckpointException)   # torch wraps what the file system says
 
@@ -32,9 +34,13 @@ class Checkpoints:
 
     OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
-    def __init__(self, out, keep, world):
-        self.out, self.keep, self.world, self.pending = Path(out), keep, world, None
-        self.group = dist.new_group(backend="gloo") if world.size > 1 else None  # not to mix its talk with training's
+    def __init__(self, out, args, world):
+        self.out, self.keep, self.world, self.pending = Path(out), args.keep, world, None
+        self.made_by = {"processes": world.size, "engine": args.engine, "batch": args.batch,
+                        "passes of": args.micro_batch}
+        self.group = None
+        if world.size > 1:                                # of its own, not to mix its talk with training's
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))
 
     # ------------------------------------------------------------ writing
 
@@ -49,7 +55,7 @@ class Checkpoints:
             error = self._try(torch.save, random_state(), draft / f"random-{self.world.rank}.pt")
         if agreed(begun and error is None, self.world):
             writing = dcp.async_save(self._state(models, optimizers), checkpoint_id=draft, process_group=self.group)
-            self.pending = writing, draft, final, {"step": step, "data": data, "processes": self.world.size}
+            self.pending = writing, draft, final, {"step": step, "data": data, **self.made_by}
         else:
             self._lost(draft, error)
         if wait:
@@ -95,13 +101,13 @@ class Checkpoints:
 
     def _name(self, draft, final, done):
         write_json(draft / "done.json", done | {"files": {p.name: p.stat().st_size for p in draft.iterdir()}})
-        for path in [*draft.iterdir(), draft]:
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
-        shutil.rmtree(final, ignore_errors=True)
+        sync(*draft.iterdir(), draft)
+        if final.exists():                                # of the same step, written before: at no moment is there none
+            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
+            os.replace(final, final.with_suffix(".old"))
         os.replace(draft, final)
-        for old in sorted(self.out.glob("checkpoint-*[0-9]"))[:-self.keep]:
+        sync(self.out)
+        for old in [*self.out.glob("checkpoint-*.old"), *self._all()[self.keep:]]:
             shutil.rmtree(old)
 
     def _lost(self, draft, error):
@@ -112,32 +118,40 @@ class Checkpoints:
 
     # ------------------------------------------------------------ reading
 
-    def newest(self):
-        """-> path of the newest complete checkpoint, or None"""
-        for path in sorted(self.out.glob("checkpoint-*[0-9]"), reverse=True):
-            try:
-                files = json.loads((path / "done.json").read_text())["files"]
-            except (OSError, ValueError, KeyError):
-                continue
-            if all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items()):
-                return path
-        return None
+    def _all(self):
+        """Folders of checkpoints, complete or not, newest first"""
+        found = [(int(match[1]), path) for path in self.out.glob("checkpoint-*")
+                 if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name))]
+        return [path for _, path in sorted(found, key=lambda pair: (-pair[0], pair[1].suffix))]
+
+    def complete(self):
+        """-> paths of the complete checkpoints, newest first"""
+        return [path for path in self._all() if whole(path)]
 
     def resume(self, wanted, models, optimizers, must=False):
         """-> step, place in the data: of the newest complete checkpoint if `wanted` and there is one, else 0, None"""
-        found = [self.newest() if wanted else None, any(self.out.glob("checkpoint-*[0-9]"))]
+        found = [self.complete() if wanted else [], bool(self._all())]
         if self.world.size > 1:                           # one decides: a shared disk may lag behind for the others
             dist.broadcast_object_list(found, group=self.group)
-        newest, some_there = found
-        if newest is None:
-            if some_there:
-                raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
-                                + ": --resume goes on with it, another --out begins anew, or remove them")
-            if must:
-                raise UserError(f"--export: {self.out} holds no checkpoint; give --resume and the run's --out")
-            return 0, None
-        self.world.say(f"going on from {newest}")
-        return self.load(newest, models, optimizers)
+        complete, some_there = found
+        for path in complete:
+            self.world.say(f"going on from {path}")
+            try:
+                result, error = self.load(path, models, optimizers), None
+            except UserError:
+                raise
+            except (Exception, CheckpointException) as failure:     # right sizes, wrong content: said in many ways
+                error = failure
+            if agreed(error is None, self.world):
+                return result
+            print(f"WARNING: {path} cannot be read ({str(error or 'by another process')[-200:]})", file=sys.stderr,
+                  flush=True)
+        if some_there:
+            raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
+                            + ": --resume goes on with it, another --out begins anew, or remove them")
+        if must:
+            raise UserError(f"--export: {self.out} holds no checkpoint; give --resume and the run's --out")
+        return 0, None
 
     def load(self, path, models, optimizers):
         """-> step, place in the data"""
@@ -158,10 +172,11 @@ class Checkpoints:
         mine = path / f"random-{self.world.rank}.pt"
         if done["processes"] == self.world.size and mine.is_file():
             set_random_state(torch.load(mine, weights_only=False))
-        else:
-            self.world.say(f"{path} was written by {done['processes']} processes, these are {self.world.size}: not "
-                           "exact to the bit (random states are new, sums are in another order); weights, AdamW and "
-                           "the place in the data go on")
+        other = "; ".join(f"{name} {done.get(name)}, now {value}" for name, value in self.made_by.items()
+                          if done.get(name) != value)
+        if other:
+            self.world.say(f"{path} was written with {other}: not exact to the bit (sums are in another order, random "
+                           "states of other processes new); weights, AdamW and the place in the data go on")
         return done["step"], done["data"]
 
     def _state(self, models, optimizers):
@@ -169,6 +184,15 @@ class Checkpoints:
         for i, (model, optimizer) in enumerate(zip(models, optimizers)):
             state[f"model{i}"], state[f"optimizer{i}"] = get_state_dict(model, optimizer, options=self.OPTIONS)
         return state
+
+
+def whole(path):
+    """Is a checkpoint's folder complete: done.json, and every file of the size it names?"""
+    try:
+        files = json.loads((path / "done.json").read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def barrier(world):

@@ -10,6 +10,7 @@ numbers. A bad sample leaves its place empty and is counted: nothing shifts.
 """
 import argparse
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import sys
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,17 +44,24 @@ def expand(patterns):
     files = []
     for pattern in patterns:
         pattern, _, times = pattern.rpartition("@") if re.search(r"@\d+$", pattern) else (pattern, "", 1)
-        if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-            first, last = match.groups()
-            names = [pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():]
-                     for i in range(int(first), int(last) + 1)]
-        else:
+        names = braces(pattern)
+        if names == [pattern]:
             names = sorted(glob.glob(pattern)) or [pattern]
         lost = [name for name in names if not Path(name).is_file()]
         if lost:
             raise UserError(f"--data {pattern}: {len(lost)} of {len(names)} files are missing, first {lost[0]}")
         files += names * int(times)
     return files
+
+
+def braces(pattern):
+    """'{0..1}/{00..99}.tar' -> all the names it stands for"""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    return [name for i in range(int(first), int(last) + 1)
+            for name in braces(pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():])]
 
 
 @dataclass
@@ -65,8 +74,9 @@ class Source:
 
 
 def open_source(path, images=""):
-    """The kind of a file is told by its content: a tar archive, or JSON with captions or conversations."""
-    if tarfile.is_tarfile(path):
+    """A shard, by its name alone: thousands of them are not opened before the first step. The kind of any other file is
+    told by its content: a tar archive, or JSON with captions or conversations."""
+    if str(path).endswith(".tar") or tarfile.is_tarfile(path):
         return Source(path, "tar")
     value = read_json(path, (dict, list))
     if isinstance(value, dict) and isinstance(value.get("images"), list):                     # dataset_coco.json
@@ -84,6 +94,13 @@ def open_source(path, images=""):
     raise UserError(f"{path}: neither a tar shard nor JSON with 'conversations' (LLaVA) or 'caption' (COCO Karpathy)")
 
 
+def open_sources(patterns, images=""):
+    """What --data names -> Sources in order; a file that is read several times is held once."""
+    files = expand(patterns)
+    once = {path: open_source(path, images) for path in dict.fromkeys(files)}
+    return [once[path] for path in files]
+
+
 def list_shard(sources, shard):
     """shard (source, part) -> the places of its samples, cheap to send to a worker"""
     number, part = shard
@@ -99,36 +116,53 @@ def list_shard(sources, shard):
                     key, _, ending = base.partition(".")
                     samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = (
                         member.offset_data, member.size)
-    except (tarfile.TarError, EOFError, OSError):         # cut off: what came before the cut is used
+            whole = ends_well(tar)
+    except (tarfile.TarError, EOFError, OSError):
+        whole = False
+    if not whole:                                         # what stands before the damage is used
         samples[f"{source.path} (cut off)"] = {}
     return [(number, key, files) for key, files in samples.items()]
 
 
+def ends_well(tar):
+    """Behind its last member a tar file holds zeros and nothing else; tarfile ends quietly at a damaged header."""
+    tar.fileobj.seek(tar.offset)
+    rest = iter(partial(tar.fileobj.read, 1 << 20), b"")
+    first = next(rest, b"")
+    return len(first) >= 512 and not any(part.strip(b"\0") for part in itertools.chain([first], rest))
+
+
 class Order:
-    """The global order of samples, epoch after epoch, without end. `state` is all it needs to go on: three numbers."""
+    """The global order of samples, epoch after epoch, without end. `state` is all it needs to go on: three numbers, and
+    what files and seed they belong to; with others the place would be another, and samples lost or repeated."""
 
     def __init__(self, sources, seed, shards_at_once=8, state=None):
         self.sources, self.seed, self.at_once = sources, seed, shards_at_once
         self.shards = [(n, part) for n, source in enumerate(sources)
                        for part in range(-(-len(source.entries) // SHARD) if source.kind != "tar" else 1)]
-        self.state = list(state or [0, 0, 0])
+        names = [(Path(source.path).name, len(source.entries)) for source in sources]
+        self.belongs = hashlib.sha256(json.dumps([seed, shards_at_once, names]).encode()).hexdigest()[:16]
+        self.state = list(state or [0, 0, 0, self.belongs])
+        if self.state[3:] != [self.belongs]:
+            raise UserError("this run was begun with other files in --data or another --seed: its place in the data "
+                            "means nothing among these. Give the same, or begin anew in another --out")
 
     def __iter__(self):
         empty = 0
         while True:
-            epoch, block, taken = self.state
+            epoch, block, taken = self.state[:3]
             shards = [self.shards[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))]
             here = shards[block * self.at_once:(block + 1) * self.at_once]
             places = [place for shard in here for place in list_shard(self.sources, shard)]
             order = np.random.default_rng([self.seed, epoch, block]).permutation(len(places))
             for i in range(taken, len(places)):
-                self.state = [epoch, block, i + 1]
+                self.state = [epoch, block, i + 1, self.belongs]
                 yield epoch, places[order[i]]
             empty = 0 if places else empty + 1
             if empty > len(self.shards):
                 raise UserError(f"{self.sources[0].path}: no samples in {len(self.sources)} files")
             last = (block + 1) * self.at_once >= len(shards)
-            self.state = [epoch + 1, 0, 0] if last else [epoch, block + 1, 0]
+            self.state = [*((epoch + 1, 0) if last else (epoch, block + 1)), 0, self.belongs]
 
 
 class Batches:
@@ -298,7 +332,8 @@ class Batch:
 
     def to(self, device):
         pixels, drawn = (t.to(device, non_blocking=True) for t in (self.pixels, self.drawn))
-        return replace(self, streams=self.streams.to(device), pixels=pixels, drawn=drawn)
+        streams = self.streams and self.streams.to(device)
+        return replace(self, streams=streams, pixels=pixels, drawn=drawn)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -360,16 +395,16 @@ def check(files, images, llm, most, max_length):
     recipe, bad, sizes, lengths, examples = Recipe(text, config, 14, max_length), Counter(), [], [], []
     for path in expand(files):
         source, shown = open_source(path, images), 0
+        samples = Samples([source], recipe)
         places = [place for part in range(max(1, -(-len(source.entries) // SHARD)))
                   for place in list_shard([source], (0, part))]
         for place in places[:most]:
-            try:
-                sizes += [picture.size for picture in read_sample(source, place)[2]]
-                sample = recipe(source, place, 0)
-            except Bad as error:
-                bad[error.cause] += 1
-                print(f"  {error.cause}: {error.name}")
+            sample = samples[0, place]
+            if isinstance(sample, Bad):
+                bad[sample.cause] += 1
+                print(f"  {sample.cause}: {sample.name}")
                 continue
+            sizes += [picture.size for picture in read_sample(source, place)[2]]
             lengths.append(sum(config.image_tokens if i == IMG else 1 for i in sample["ids"]))
             if shown < 3 and len(examples) < 12:
                 examples.append(f"{sample['name']}: {label(text, sample['ids'], sample['counted'])}")
@@ -385,7 +420,7 @@ def check(files, images, llm, most, max_length):
     for words in examples:
         print(f"\n{words}")
     total = len(lengths) + sum(bad.values())
-    print(f"\n{sum(bad.values())} of {total} samples cannot be used"
+    print(f"\n{sum(bad.values())} of the {total} samples that were read cannot be used"
           + "".join(f", {cause} {n}" for cause, n in bad.most_common()))
 
 

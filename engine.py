@@ -63,9 +63,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--weight-decay", type=float, default=weight_decay, help="AdamW, not on norms and biases")
     g.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--batch", type=int, default=batch, help="samples of an update, over all processes")
-    if engines:
-        g.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                       help="samples of one pass of one process; passes add up to --batch; 0: --batch / processes")
+    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                   help="samples of one pass of one process; passes add up to --batch; 0: --batch / processes")
     g = parser.add_argument_group("the machine")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
@@ -97,7 +96,7 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     if engines:
         g.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
     else:
-        parser.set_defaults(engine="ddp", offload=False, checkpoint_activations=False, micro_batch=0)
+        parser.set_defaults(engine="ddp", offload=False, checkpoint_activations=False)
     return parser
 
 
@@ -233,6 +232,16 @@ def clip(parameters, most):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+def all_names(batches, world):
+    """Names of the samples of all processes' batches"""
+    names = [name for batch in batches for name in batch.names]
+    if world.size > 1:
+        lists = [None] * world.size
+        dist.all_gather_object(lists, names)
+        names = sum(lists, [])
+    return ", ".join(names)
+
+
 def total(value, world):
     """The sum of a tensor over all processes"""
     if world.size > 1:
@@ -282,13 +291,14 @@ class Log:
         if not self.world.first:
             return
         self.first_step = step if self.first_step is None else self.first_step
-        append(self.path, json.dumps({"step": step, **numbers}) + "\n")
+        left = clock((time.time() - self.began) / max(1, step - self.first_step) * (self.steps - step))
+        append(self.path, json.dumps({"step": step, **numbers, "left": left}) + "\n")
         for name, value in numbers.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
-        left = (time.time() - self.began) / max(1, step - self.first_step) * (self.steps - step)
         words = " ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
-        print(f"step {step}/{self.steps} {words} | {clock(left)} left", flush=True)
+        words += "".join(f", {cause} {n}" for cause, n in numbers.get("causes", {}).items())
+        print(f"step {step}/{self.steps} {words} | {left} left", flush=True)
 
 
 def memory(world):
@@ -323,7 +333,7 @@ class BadSamples:
 
     def __init__(self, out, most, world):
         self.path, self.most, self.world, self.seen, self.bad = Path(out) / "bad_samples.jsonl", most, world, 0, 0
-        self.causes = Counter()
+        self.causes, self.last = Counter(), []
 
     def __call__(self, step, batches, samples, bad):
         """batches: this process's; samples, bad: the counts over all processes"""
@@ -333,6 +343,7 @@ class BadSamples:
             dist.all_gather_object(lists, listed)
             listed = sum(lists, [])
         self.causes.update(cause for cause, _ in listed)
+        self.last = (self.last + [f"{name} ({cause})" for cause, name in listed])[-10:]
         if listed and self.world.first:
             append(self.path, "".join(json.dumps({"step": step, "cause": cause, "name": name}) + "\n"
                                       for cause, name in listed))
@@ -340,7 +351,7 @@ class BadSamples:
         if self.bad > max(20, self.most * self.seen):
             raise UserError(f"{self.bad} of {self.seen} samples cannot be used, more than --max-bad {self.most:g}: "
                             + ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common()) + f". {self.path} "
-                            "lists them; python data.py FILE... looks at the rest")
+                            f"lists them, the last: {', '.join(self.last)}. python data.py FILE... looks at the rest")
 
 
 def clock(seconds):

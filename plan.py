@@ -192,7 +192,9 @@ def choose_engine(args, world, model):
     args.engine = fits[0] if fits else "fsdp"
     world.say(f"--engine auto: {args.engine} (GB needed: "
               + ", ".join(f"{engine} {size / 1e9:.1f}" for engine, size in found.items())
-              + f"; a device has {memory / 1e9:.0f})")
+              + f"; a device has {memory / 1e9:.0f})"
+              + ("" if fits else "\nWARNING: none of them fits; a smaller --micro-batch, --checkpoint-activations or "
+                 "--offload need less"))
 
 
 # ---------------------------------------------------------------- the table
@@ -251,7 +253,7 @@ def table(args, found, dtype, trained):
 
 def show_tokenizer(args, trained, discriminator, resolution):
     """Print the plan of stage 0. trained: what a step runs, a function of pictures; both modules without memory"""
-    dtype, micro = DTYPES[args.dtype or "bfloat16"], max(1, args.batch // args.nproc)
+    dtype, micro = DTYPES[args.dtype or "bfloat16"], args.micro_batch or max(1, args.batch // args.nproc)
     print(f"image tokenizer: {micro} pictures of {resolution} pixels a pass; {args.nproc} GPUs\n\nweights")
     eye, decoder = trained.tokenizer.encoder, trained.tokenizer.decoder
     learning = [p for m in (trained, discriminator) for p in m.parameters() if p.requires_grad]

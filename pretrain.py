@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 import engine
 import plan
 from checkpoints import Checkpoints, Stop
-from data import Recipe, expand, loader, open_source
+from data import Recipe, loader, open_sources
 from engine import TOY, need
 from model import Libra
 from tokenizer import to_picture, to_rgb
@@ -79,11 +79,11 @@ def train(args, world, model, recipe):
     model.tokenizers.image.to(world.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = engine.adamw(trained, args)
-    checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
+    checkpoints, log, stop = Checkpoints(out, args, world), engine.Log(out, args, world), Stop(world)
     bad, peak, flops = engine.BadSamples(out, args.max_bad, world), engine.peak(args, world), plan.flops_of(
         model, model.tokenizers.image.config)
     start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
-    sources = [open_source(path, args.images) for path in expand(args.data)]
+    sources = open_sources(args.data, args.images)
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
     batches, passes = iter(batches), args.batch // args.micro_batch // world.size
@@ -97,9 +97,8 @@ def train(args, world, model, recipe):
             numbers, counts = update(args, world, step, model, wrapped, optimizer, trained, micro)
         except FloatingPointError:
             checkpoints.save(step, [model], [optimizer], order.state_after(step - start), wait=True)
-            names = ", ".join(name for batch in micro for name in batch.names)
             raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update, in {out}. "
-                            f"In the batch: {names}") from None
+                            f"In the batch: {engine.all_names(micro, world)}") from None
         with checkpoints.finished():
             bad(step + 1, micro, counts["samples"], counts["bad"])
         ended, saved = stop(), 0.0

@@ -9,6 +9,7 @@ commitment losses of LFQ. Only the decoder, the quantizer and the two 1x1 convol
 (10 M images) and no recipe; the numbers here are ours.
 """
 import argparse
+import itertools
 import time
 from dataclasses import fields
 
@@ -20,8 +21,8 @@ from torch import nn
 
 import engine
 import plan
-from checkpoints import Checkpoints, Stop
-from data import Pictures, expand, loader, open_source
+from checkpoints import Checkpoints, Stop, agreed
+from data import Pictures, loader, open_sources
 from engine import TOY, need
 from tokenizer import (
     ImageTokenizer,
@@ -281,35 +282,46 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     models = [Trained(tokenizer, args.entropy_weight, args.ema).to(world.device), discriminator]
     wrapped, wrapped_disc = (engine.replicate(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
-    checkpoints, log, stop = Checkpoints(out, args.keep, world), engine.Log(out, args, world), Stop(world)
+    checkpoints, log, stop = Checkpoints(out, args, world), engine.Log(out, args, world), Stop(world)
     bad = engine.BadSamples(out, args.max_bad, world)
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
-    sources = [open_source(path, args.images) for path in expand(args.data)]
-    batches, order = loader(sources, recipe, args.batch, args.batch // world.size, args.seed, world.rank, world.size,
+    sources = open_sources(args.data, args.images)
+    batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    for step, batch in zip(range(start, start if args.export else args.steps), batches):
+    batches, passes = iter(batches), args.batch // args.micro_batch // world.size
+    for step in range(start, start if args.export else args.steps):
         clock = time.perf_counter()
+        micro = [batch.to(world.device) for batch in itertools.islice(batches, passes)]
+        waited = time.perf_counter() - clock
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = engine.learning_rate(step, args)
-        pixels = batch.pixels.to(world.device, non_blocking=True)
-        with checkpoints.finished():
-            numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers, pixels)
+        try:
+            numbers, ids, xrec = update(args, world, step, tokenizer, wrapped, wrapped_disc, lpips, optimizers,
+                                        [batch.pixels for batch in micro])
+        except FloatingPointError:
+            checkpoints.save(step, models, optimizers, order.state_after(step - start), wait=True)
+            raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update, in {out}. "
+                            f"In the batch: {engine.all_names(micro, world)}") from None
         numbers |= models[0].count(ids)
         models[0].average(step)
-        samples = engine.total(torch.tensor([len(batch.names), len(batch.listed)], device=world.device), world).tolist()
+        samples = engine.total(torch.tensor([[len(batch.names), len(batch.listed)] for batch in micro],
+                                            device=world.device).sum(0), world).tolist()
         with checkpoints.finished():
-            bad(step + 1, [batch], *samples)
+            bad(step + 1, micro, *samples)
         ended, saved = stop(), 0.0
         if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
             saved = checkpoints.save(step + 1, models, optimizers, order.state_after(step + 1 - start), wait=ended)
         checkpoints.poll()
         log(step + 1, numbers | {
-            "lr": optimizers[0].param_groups[0]["lr"], "samples/s": args.batch / (time.perf_counter() - clock),
-            "memory": engine.memory(world), "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
+            "lr": optimizers[0].param_groups[0]["lr"], "images/s": samples[0] / (time.perf_counter() - clock),
+            "memory": engine.memory(world), "wait": waited, "save": saved, "skipped": bad.bad,
+            "causes": dict(bad.causes)})
         if world.first and (engine.due(step, args.sample_every) or step + 1 == args.steps):
-            pairs = torch.cat([torch.cat([a, b], dim=1) for a, b in zip(to_rgb(pixels[:8]), xrec[:8])], dim=2)
-            to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
+            shown = to_rgb(torch.cat([batch.pixels for batch in micro])[:8])
+            if len(shown):                                # what was given above what came back
+                pairs = torch.cat([torch.cat(pair, dim=1) for pair in zip(shown, xrec)], dim=2)
+                to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")
     checkpoints.finish()
@@ -320,9 +332,41 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     engine.barrier(world)
 
 
-def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixels):
-    """One update of the generator, and of the discriminator once it has joined. -> numbers, ids, reconstructions"""
-    target, adversarial = to_rgb(pixels), step >= args.disc_start
+def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, micro):
+    """One update of the generator, and of the discriminator once it has joined. Passes (pixels of each in micro) count
+    alike; the codes' batch entropy is that of a pass. -> mean numbers, ids, reconstructions"""
+    generator, critic = optimizers
+    adversarial, done, judged, critics_norm = step >= args.disc_start, [], [], torch.zeros(())
+    generator.zero_grad(set_to_none=True)
+    for n, pixels in enumerate(micro):
+        engine.gradients_travel(wrapped, n == len(micro) - 1)
+        engine.gradients_travel(disc, False)              # it only passes on what the generator learns from
+        done.append(reconstruct(args, world, adversarial, tokenizer, wrapped, disc, lpips, pixels, len(micro)))
+    norm = engine.clip([p for p in tokenizer.parameters() if p.requires_grad], args.clip_norm)
+    critic.zero_grad(set_to_none=True)
+    for n, (pixels, (_, _, xrec)) in enumerate(zip(micro, done) if adversarial else ()):
+        engine.gradients_travel(disc, n == len(micro) - 1)
+        real, made = (disc(x) for x in (to_rgb(pixels) if len(pixels) else xrec, xrec))
+        judged.append(discriminator_loss(real, made) * bool(len(pixels)))
+        (judged[-1] / len(micro)).backward()
+        critics_norm = nn.utils.get_total_norm([p.grad for p in disc.parameters()])
+    losses = torch.stack([norm, critics_norm.to(norm.device), *(numbers["loss"] for numbers, _, _ in done)])
+    if not agreed(torch.isfinite(losses).all(), world):
+        raise FloatingPointError
+    generator.step()
+    if adversarial:
+        critic.step()
+    numbers = {key: torch.stack([numbers[key] for numbers, _, _ in done]).mean().item() for key in done[0][0]}
+    numbers |= {"norm": norm.item(), "disc": torch.stack(judged).mean().item() if judged else None}
+    ids, xrec = (torch.cat([out[which][:len(pixels)] for pixels, out in zip(micro, done)]) for which in (1, 2))
+    return numbers, ids, xrec
+
+
+def reconstruct(args, world, adversarial, tokenizer, wrapped, disc, lpips, pixels, passes):
+    """One pass of the generator, forward and backward. -> numbers, ids, reconstructions"""
+    worth = bool(len(pixels))                             # a pass without a usable picture teaches nothing
+    pixels = pixels if worth else pixels.new_zeros(1, *pixels.shape[1:])
+    target = to_rgb(pixels)
     with world.autocast():
         xrec, ids, code = wrapped(pixels)
     xrec = xrec.float()
@@ -333,26 +377,15 @@ def update(args, world, step, tokenizer, wrapped, disc, lpips, optimizers, pixel
     if args.clip_weight:
         code["clip"] = clip_distance(tokenizer.clip, xrec, pixels)
         nll = nll + args.clip_weight * code["clip"]
-    loss, weight, judged = nll + code.pop("loss"), None, None
+    loss = nll + code.pop("loss")
     if adversarial:
         g_loss = -disc(xrec).mean()
-        weight = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
-        loss = loss + weight * g_loss
-    generator, critic = optimizers
-    generator.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for p in tokenizer.parameters() if p.requires_grad], args.clip_norm)
-    if not torch.isfinite(norm):
-        raise UserError(f"step {step + 1}: the gradient is not finite; lower --lr, or look at the batch's pictures")
-    generator.step()
-    if adversarial:
-        critic.zero_grad(set_to_none=True)
-        judged = discriminator_loss(disc(target), disc(xrec.detach()))
-        judged.backward()
-        critic.step()
+        code["disc_weight"] = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
+        loss = loss + code["disc_weight"] * g_loss
+    (loss * (worth / passes)).backward()
     mse = F.mse_loss(xrec.detach().clamp(-1, 1), target)  # of what a picture can show
-    numbers = {"l1": l1, "psnr": 10 * torch.log10(4 / mse), **code, "norm": norm, "disc": judged, "disc_weight": weight}
-    return {name: None if value is None else value.item() for name, value in numbers.items()}, ids, xrec.detach()
+    numbers = {"loss": loss, "l1": l1, "psnr": 10 * torch.log10(4 / mse), **code}
+    return {name: value.detach() for name, value in numbers.items()}, ids, xrec.detach()
 
 
 if __name__ == "__main__":

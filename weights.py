@@ -37,7 +37,16 @@ def write_json(path, value):
     path = Path(path)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(draft)
     os.replace(draft, path)
+
+
+def sync(*paths):
+    """Files and folders to the disk itself: a loss of power empties what has a name but is in memory only"""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
 
 
 def read_yaml(path):
@@ -173,4 +182,5 @@ def save_tensors(path, tensors):
     path = Path(path)
     draft = path.with_name(path.name + ".tmp")
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, draft, {"format": "pt"})
+    sync(draft)
     os.replace(draft, path)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from data import Batches, Order, Recipe, Samples, list_shard, open_source
+from data import Batches, Order, Recipe, Samples, expand, list_shard, open_source
 from text import Text
 
 
@@ -82,6 +82,36 @@ def test_what_can_be_wrong_in_a_shard(tmp_path):
     found = what_is_read(open_source(path), tmp_path)
     assert found.pop(f"{path} (cut off)") == "cut_tar" and found.pop("7") in ("bad_image", "no_caption")
     assert found == expected
+
+
+@pytest.mark.parametrize("harm", ["header", "zeros", "in a header", "between members", "first header", "empty"])
+def test_a_damaged_shard_is_read_up_to_the_damage(tmp_path, harm):
+    """tarfile itself ends quietly behind the last good member in most of these"""
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(6):
+            for ending, content in (("jpg", picture()), ("txt", b"a cat")):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert what_is_read(open_source(path), tmp_path) == dict.fromkeys("012345")
+    with tarfile.open(path) as tar:
+        at = tar.getmember("3.jpg").offset
+    content = bytearray(path.read_bytes())
+    begin, end = {"header": (at, at + 100), "zeros": (at, at + 2048), "first header": (0, 100)}.get(harm, (0, 0))
+    content[begin:end] = (b"\0" if harm == "zeros" else b"\xff") * (end - begin)
+    path.write_bytes(content[:{"in a header": at + 200, "between members": at, "empty": 0}.get(harm, len(content))])
+    read = "" if harm in ("first header", "empty") else "012"
+    assert what_is_read(open_source(path), tmp_path) == dict.fromkeys(read) | {f"{path} (cut off)": "cut_tar"}
+
+
+def test_names_in_braces(tmp_path):
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+        for number in range(8, 11):
+            (tmp_path / folder / f"{number:02d}.tar").write_bytes(b"")
+    found = expand([str(tmp_path / "{0..1}/{08..10}.tar@2")])
+    assert [name[-8:] for name in found] == [f"/{f}/{n:02d}.tar" [-8:] for f in "01" for n in (8, 9, 10)] * 2
 
 
 def test_what_can_be_wrong_in_a_conversation(tmp_path):
