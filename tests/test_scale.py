@@ -342,6 +342,16 @@ def test_compiled_layers_serve_every_batch():
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+@pytest.mark.parametrize("words, processes", [("--engine ddp", 1),
+                                              ("--engine fsdp --checkpoint-activations --micro-batch 1", 2)])
+def test_compiled_training(pretrain, base, tmp_path, words, processes):  # noqa: F811
+    run("pretrain.py", *pretrain, "--compile", words, "--out", tmp_path, processes=processes)
+    for one, two in zip(log(base), log(tmp_path), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
+    same(base, tmp_path, 1e-4)                            # other kernels round otherwise
+
+
 @pytest.mark.parametrize("tune", [False, True])
 def test_plan_counts_what_torch_counts(tune):
     """FLOPs against torch's counter, what the backward pass keeps against a real pass"""
