@@ -10,7 +10,7 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 TOY ?= runs/toy
 
-ifdef QUICK
+ifneq ($(filter-out 0,$(QUICK)),)
 TOY = runs/quick
 WORLD = --captions 64 --chats 64 --questions 46 --llama-steps 5 --clip-steps 5
 SHORT = --steps 5 --warmup 1 --disc-start 3
@@ -39,7 +39,7 @@ demo: $(VENV)/run
 		$(RUN) report.py --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
 	@echo "demo took $$(( ($$(date +%s) - $$(cat $(TOY)/.began)) / 60 )) minutes; look at $(TOY)/report.png"
 	@rm -f $(TOY)/.began
-ifdef QUICK
+ifneq ($(filter-out 0,$(QUICK)),)
 	@echo "QUICK=1 only shows that every stage runs: nothing was learned."
 endif
 

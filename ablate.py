@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import engine
+from command import NATURAL, POSITIVE, TOY, Help, need, run
 from data import Recipe, loader, open_source
-from engine import TOY
 from evaluate import evaluate
 from generate import attention, attention_difference, complete
 from model import Libra
@@ -34,7 +33,7 @@ from report import completions, drawings, reconstructions
 from streams import Streams
 from tokenizer import ImageTokenizer, open_image
 from toy import training_text
-from weights import read_json, write_json
+from weights import UserError, read_json, write_json
 from world import DESCRIBE, scenes
 
 ROWS = {   # name: options of pretrain.py; the paper's VQAv2, GQA, VizWiz, MME, POPE, SEED
@@ -51,10 +50,11 @@ COLUMNS = {"questions": "{:.3f}", "captions": "{:.3f}", "existence F1": "{:.3f}"
            "minutes": "{:.1f}"}
 
 
-def run(script, *words):
+def start(script, *words):
     command = [sys.executable, script, *(word for some in words for word in
                                          (shlex.split(some) if isinstance(some, str) else [str(some)]))]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{script} ended early; what it says stands above. Once mended, the same command goes on")
 
 
 def train(args, name, seed, folder):
@@ -66,9 +66,9 @@ def train(args, name, seed, folder):
     if name.startswith("(g)"):
         eye = args.out / "tokenizer-scratch"
     if not (folder / "pretrain/model.safetensors").exists():
-        run("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", eye, "--data", data, "--out",
+        start("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", eye, "--data", data, "--out",
             folder / "pretrain", "--seed", seed, "--resume", args.pretrain, words)
-    run("sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
+    start("sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
         "--out", folder / "sft", "--seed", seed, "--resume", args.sft)
 
 
@@ -88,7 +88,7 @@ def tokenizer(args, name, words):
     """An image tokenizer by another recipe, trained once"""
     folder = args.out / f"tokenizer-{name}"
     if not (folder / "model.safetensors").exists():
-        run("train_tokenizer.py", "--clip", args.toy / "clip", "--data", f"'{args.toy}/captions/*.tar'", "--out",
+        start("train_tokenizer.py", "--clip", args.toy / "clip", "--data", f"'{args.toy}/captions/*.tar'", "--out",
             folder, "--resume", args.tokenizer, words)
 
 
@@ -238,26 +238,28 @@ def work(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of rows, table and picture")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each row for each")
+    parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="one run of each row for each")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], metavar="ROW",
                         help="libra, a to g; None: all")
     parser.add_argument("--tokenizer", default="", metavar="WORDS", help="options of train_tokenizer.py")
     parser.add_argument("--pretrain", default="", metavar="WORDS", help="options of pretrain.py")
     parser.add_argument("--sft", default="", metavar="WORDS", help="options of sft.py")
-    parser.add_argument("--limit", type=int, default=600, help="questions and captions that are scored")
-    parser.add_argument("--jobs", type=int, default=2, help="how many rows run beside each other, each with its share "
+    parser.add_argument("--limit", type=POSITIVE, default=600, help="questions and captions that are scored")
+    parser.add_argument("--jobs", type=POSITIVE, default=2,
+                        help="how many rows run beside each other, each with its share "
                         "of the cores: two on a core each take less time than one after the other on two")
     parser.add_argument("--show", action="store_true", help="only table and picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.show:
+        need(args.toy / "eval")
         work(args)
     table(args)
     picture(args)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

@@ -28,6 +28,7 @@ from torch import nn
 import engine
 import pretrain
 from baselines import Bare, alone, by_masks, limit, products_of
+from command import NATURAL, POSITIVE, Help, run, target
 from config import LibraConfig
 from data import Recipe, loader, open_source
 from generation import generate
@@ -445,15 +446,15 @@ ROWS = {"train": train_rows, "text": text_rows, "prefill": prefill_rows, "decode
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="what to measure; None: all that the device's "
                         "sizes are for")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the model; None: those that suit the row")
     parser.add_argument("--gpu", action="store_true", help="one GPU, bfloat16, size full, and pretraining as a whole")
-    parser.add_argument("--repeat", type=int, default=5, help="turns; medians are reported")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: torch's choice")
+    parser.add_argument("--repeat", type=POSITIVE, default=5, help="turns; medians are reported")
+    parser.add_argument("--threads", type=NATURAL, default=0, help="of the CPU; 0: torch's choice")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", metavar="FILE", help="JSON of the rows")
+    parser.add_argument("--out", type=target, metavar="FILE", help="JSON of the rows")
     return parser
 
 
@@ -488,4 +489,4 @@ GPU_SIZES = {"train": ("medium", "layer"), "text": ("layer",), "prefill": ("full
              "tokenizer": ("full",), "whole": ("full",)}
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

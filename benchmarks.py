@@ -9,6 +9,7 @@ bytes, truth: None where it is secret, kinds: the parts of the score it counts f
 """
 import base64
 import csv
+import inspect
 import io
 import json
 import os
@@ -18,13 +19,17 @@ from pathlib import Path
 
 import scores
 from scores import normalise, score_captions, score_choices, score_each, score_mme, score_pope
-from weights import UserError, read_json, write_json
+from weights import UserError, read_json, read_text, write_json
 
 
 def read(task, images, *paths):
     """The items of a file, or of one with questions and one with annotations; `images`: the folder of the pictures.
     A UserError names the file, the entry and what was expected of it, or the first picture that is not there."""
     reader, prompt, _, _, patterns = TASKS[task]
+    try:
+        inspect.signature(reader).bind(*paths)
+    except TypeError:
+        raise UserError(f"{task} is read from another number of files than the {len(paths)} given") from None
     items = reader(*paths)
     if not items:
         raise UserError(f"{paths[0]}: no questions in it")
@@ -53,13 +58,6 @@ def write(task, path, items, answers):
 
 # ---------------------------------------------------------------- what all readers share
 
-def load_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-
-
 def objects(path, key=None):
     """What a JSON file holds, or holds under `key`: a list, or an object -> [(where, its number or its name, entry)]"""
     found = read_json(path, (dict, list))
@@ -74,7 +72,7 @@ def objects(path, key=None):
 def table(path, delimiter):
     """Lines of cells under a line of headings -> [(where, number, {heading: cell})]"""
     csv.field_size_limit(2 ** 31 - 1)                     # a cell may hold a picture
-    reader = csv.DictReader(io.StringIO(load_text(path)), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
     try:
         return [(f"{path}, line {reader.line_num}", number, row) for number, row in enumerate(reader, 1)]
     except csv.Error as error:
@@ -109,7 +107,7 @@ def with_choices(question, choices):
 
 # ---------------------------------------------------------------- readers, one for each form
 
-def read_vqa(path, annotations=None, key="questions", name="question_id", image="image_id", kind=int):
+def read_vqa(path, annotations=None, *, key="questions", name="question_id", image="image_id", kind=int):
     """Questions with people's answers in them or in a second file: VQAv2, OKVQA; by other names VizWiz, TextVQA"""
     def people(entry, answers):
         truth = answers and [one["answer"] if isinstance(one, dict) else one for one in answers]
@@ -169,14 +167,14 @@ def read_pope(path):
     def make(_, line):
         entry = json.loads(line)
         return [new(entry["question_id"], entry["text"], entry["image"], {"yes": "yes", "no": "no"}[entry["label"]])]
-    lines = [(f"{path}, line {n}", n, line) for n, line in enumerate(load_text(path).strip().split("\n"), 1)]
+    lines = [(f"{path}, line {n}", n, line) for n, line in enumerate(read_text(path).strip().split("\n"), 1)]
     return collect(lines, "question_id, image, text, label yes or no", make)
 
 
 def read_mme(folder):
     """A folder for each task, with a picture and a text of two questions each, or images/ and questions_answers_YN/"""
     def make(task, file):
-        (first, its), (second, other) = (line.split("\t") for line in load_text(file).strip().split("\n"))
+        (first, its), (second, other) = (line.split("\t") for line in read_text(file).strip().split("\n"))
         names = f"{task}/{file.stem}", f"{task}/images/{file.stem}"
         return [new(names[0], asked.replace("Please answer yes or no.", "").strip(), names,
                     {"Yes": "yes", "No": "no"}[truth.strip()], [task], asked=asked)

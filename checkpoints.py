@@ -29,6 +29,16 @@ from weights import UserError, read_json, some, sync, write_json
 FAILURES = (OSError, RuntimeError, CheckpointException)   # torch wraps what the file system says
 
 
+# options that may change from one start of a run to the next; the data has a check of its own
+FREE = {"out", "resume", "export", "steps", "save_every", "sample_every", "keep", "seed", "lr", "warmup", "betas",
+        "weight_decay", "clip_norm", "batch", "micro_batch", "device", "dtype", "workers", "max_bad", "timeout", "data",
+        "images", "deterministic", "tensorboard", "engine", "checkpoint_activations", "offload", "compile", "peak",
+        "plan", "nproc", "memory", "tflops", "text_tokens", "max_length"}
+# those that may too, but with a word: folders may have moved, what is learned may be shifted; all others make the model
+SAID = {"llm", "image_tokenizer", "model", "clip_folder", "vgg", "lpips", "text_to_image", "no_caption_end",
+        "disc_start", "disc_weight", "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
+
+
 class Checkpoints:
     """Saving holds up training for a copy in memory; the disk is written behind its back. `poll` each step."""
 
@@ -38,6 +48,7 @@ class Checkpoints:
         self.out, self.keep, self.world, self.pending = Path(out), args.keep, world, None
         self.made_by = {"processes": world.size, "engine": args.engine, "batch": args.batch,
                         "passes of": args.micro_batch}
+        self.task = {name: str(value) for name, value in vars(args).items() if name not in FREE}
         self.group = None
         if world.size > 1:                                # of its own, not to mix its talk with training's
             self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))
@@ -55,7 +66,7 @@ class Checkpoints:
             error = self._try(torch.save, random_state(), draft / f"random-{self.world.rank}.pt")
         if agreed(begun and error is None, self.world):
             writing = dcp.async_save(self._state(models, optimizers), checkpoint_id=draft, process_group=self.group)
-            self.pending = writing, draft, final, {"step": step, "data": data, **self.made_by}
+            self.pending = writing, draft, final, {"step": step, "data": data, "task": self.task, **self.made_by}
         else:
             self._lost(draft, error)
         if wait:
@@ -147,8 +158,9 @@ class Checkpoints:
             print(f"WARNING: {path} cannot be read ({str(error or 'by another process')[-200:]})", file=sys.stderr,
                   flush=True)
         if some_there:
-            raise UserError(f"{self.out} holds checkpoints of a run" + (", none of them complete" if wanted else "")
-                            + ": --resume goes on with it, another --out begins anew, or remove them")
+            none = ", none of them complete and of this model" * wanted
+            raise UserError(f"{self.out} holds checkpoints of a run{none}: --resume goes on with it, another --out "
+                            "begins anew, or remove them")
         if must:
             raise UserError(f"--export: {self.out} holds no checkpoint; give --resume and the run's --out")
         return 0, None
@@ -156,6 +168,7 @@ class Checkpoints:
     def load(self, path, models, optimizers):
         """-> step, place in the data"""
         done = read_json(path / "done.json")
+        self.check(path, done.get("task", {}))
         state = self._state(models, optimizers)
         recipe = [[{k: group[k] for k in ("betas", "weight_decay")} for group in o.param_groups] for o in optimizers]
         dcp.load(state, checkpoint_id=path)
@@ -178,6 +191,16 @@ class Checkpoints:
             self.world.say(f"{path} was written with {other}: not exact to the bit (sums are in another order, random "
                            "states of other processes new); weights, AdamW and the place in the data go on")
         return done["step"], done["data"]
+
+    def check(self, path, task):
+        """What is learned must be what it was."""
+        for name, was in task.items():
+            now = self.task.get(name)
+            if now is None or now != was and name not in SAID:
+                raise UserError(f"{path} is of another run: {name} {was}, now {now}. Give the same options, or begin "
+                                "anew in another --out")
+            if Path(now).name != Path(was).name:
+                self.world.say(f"WARNING: {path} was trained with {name} {was}, now {now}")
 
     def _state(self, models, optimizers):
         state = {}

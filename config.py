@@ -47,6 +47,7 @@ class LibraConfig:
     use_expert: bool = True                               # Table 3 (d): without it image tokens use the LLaMA's weights
     discrete_only: bool = False                           # Table 3 (f): E_c is zero throughout
     contiguous_targets: bool = False                      # Table 3 (b): image positions regress the next one's E_c
+    text_to_image: bool = False                           # has learned to draw, E_c zero, behind a caption (Sec. 4.3)
 
     def __post_init__(self):
         check_types(self, "config", at_least={"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0})

@@ -16,7 +16,6 @@ import itertools
 import json
 import re
 import signal
-import sys
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from command import POSITIVE, run
 from config import LibraConfig
 from streams import Streams
 from text import IMG, Text, cut, spell_out
@@ -47,6 +47,10 @@ def expand(patterns):
         names = braces(pattern)
         if names == [pattern]:
             names = sorted(glob.glob(pattern)) or [pattern]
+        if Path(pattern).is_dir():
+            raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
+        if not names or not int(times):
+            raise UserError(f"--data {pattern}, {times} times: stands for no file")
         lost = [name for name in names if not Path(name).is_file()]
         if lost:
             raise UserError(f"--data {pattern}: {len(lost)} of {len(names)} files are missing, first {lost[0]}")
@@ -80,16 +84,22 @@ def open_source(path, images=""):
         return Source(path, "tar")
     value = read_json(path, (dict, list))
     if isinstance(value, dict) and isinstance(value.get("images"), list):                     # dataset_coco.json
-        entries = [{"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
-                   for image in value["images"] if image.get("split") in ("train", "restval")
-                   for sentence in image["sentences"]]
+        try:
+            entries = [{"image": f"{one.get('filepath', '')}/{one['filename']}".lstrip("/"), "caption": sentence["raw"]}
+                       for one in value["images"] if one.get("split") in ("train", "restval")
+                       for sentence in one["sentences"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not COCO's captions as Karpathy split them: an image without {error}") from None
+        if not entries:
+            raise UserError(f"{path}: none of its {len(value['images'])} images has the split train or restval; COCO's "
+                            "own captions_*.json has none: fetch Karpathy's dataset_coco.json")
         return Source(path, "coco", images, entries)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         if "conversations" in value[0]:
             return Source(path, "llava", images, value)
         if "caption" in value[0]:
             flat = [{**entry, "caption": caption} for entry in value for caption in
-                    (entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]])]
+                    (entry["caption"] if isinstance(entry.get("caption"), list) else [entry.get("caption")])]
             return Source(path, "coco", images, flat)
     raise UserError(f"{path}: neither a tar shard nor JSON with 'conversations' (LLaVA) or 'caption' (COCO Karpathy)")
 
@@ -107,15 +117,21 @@ def list_shard(sources, shard):
     source = sources[number]
     if source.kind != "tar":
         return [(number, i) for i in range(part * SHARD, min((part + 1) * SHARD, len(source.entries)))]
-    samples = {}
+    samples, again = {}, Counter()
+    with open(source.path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise UserError(f"{source.path} is compressed (gzip), which does not allow to read a sample by its place: "
+                            "gunzip it")
     try:
-        with tarfile.open(source.path) as tar:
+        with tarfile.open(source.path, "r:") as tar:
             for member in tar:
                 if member.isfile() and not re.fullmatch(r"__.*__", member.name):
                     folder, _, base = member.name.rpartition("/")
                     key, _, ending = base.partition(".")
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = (
-                        member.offset_data, member.size)
+                    key, ending = f"{folder}/{key}" if folder else key, ending.lower()
+                    again[key, ending] += 1               # the same key again is another sample
+                    key += f" #{again[key, ending]}" * (again[key, ending] > 1)
+                    samples.setdefault(key, {})[ending] = member.offset_data, member.size
             whole = ends_well(tar)
     except (tarfile.TarError, EOFError, OSError):
         whole = False
@@ -230,6 +246,8 @@ def read_sample(source, place):
         if not whole.is_file():
             raise Bad("no_image", name)
         pictures.append(load_image(whole, name))
+    if source.kind == "coco" and not pictures:
+        raise Bad("no_image", name)
     return name, entry["caption" if source.kind == "coco" else "conversations"], pictures
 
 
@@ -258,7 +276,8 @@ def llava_turns(conversation, images, name):
     for question, answer in zip(talk[::2], talk[1::2]):
         if question.get("from") != "human" or answer.get("from") != "gpt":
             raise Bad("roles", name)
-        marks = question["value"].count(MARK) if images else 0
+        lines = [line.strip() for line in question["value"].splitlines()]
+        marks = question["value"].count(MARK) if images else lines.count(MARK)    # in other words it is text
         words = question["value"].replace(MARK, "").strip() if marks else question["value"]
         turns.append((words, marks, answer["value"]))
         seen += marks
@@ -279,6 +298,9 @@ class Recipe:
     caption_end: bool = True       # </s> behind captions
     system: str = None
     image_loss: bool = True        # False: image tokens are no targets, Table 3 (a)
+
+    def __post_init__(self):
+        self.max_length = min(self.max_length, self.config.max_position_embeddings)
 
     def __call__(self, source, place, epoch):
         """-> {ids, counted, pixels (n, 3, R, R), drawn, name}; raises Bad"""
@@ -349,7 +371,7 @@ class Samples(torch.utils.data.Dataset):
         except Bad as bad:
             return bad
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:          # an entry of another shape
-            return Bad(type(error).__name__, f"{self.sources[place[0]].path}: {place[1]}")
+            return Bad("bad_entry", f"{type(error).__name__} in {self.sources[place[0]].path}: {place[1]}")
 
     def collate(self, samples):
         r = self.recipe.resolution
@@ -388,7 +410,7 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
 # ---------------------------------------------------------------- looking at a dataset before a run
 
 def check(files, images, llm, most, max_length):
-    """Print what the readers make of up to `most` samples of each file: kinds, sizes, lengths, what cannot be used and
+    """Print what the readers make of up to --limit samples of each file: kinds, sizes, lengths, what cannot be used and
     why, three examples of a file with the text that counts in [brackets]."""
     text = Text(Path(llm) / "tokenizer.model")
     config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
@@ -427,9 +449,9 @@ def check(files, images, llm, most, max_length):
 def label(text, ids, counted):
     """Pieces back to text, <image> for a picture, [what counts in the loss]"""
     pieces = []
-    for counts, run in itertools.groupby(zip(ids, counted), key=lambda pair: (pair[1], pair[0] == IMG)):
-        run = [i for i, _ in run]
-        words = MARK if counts[1] else "".join(text.model.id_to_piece(i) for i in run).replace("\u2581", " ")
+    for counts, group in itertools.groupby(zip(ids, counted), key=lambda pair: (pair[1], pair[0] == IMG)):
+        ids = [i for i, _ in group]
+        words = MARK if counts[1] else "".join(text.model.id_to_piece(i) for i in ids).replace("\u2581", " ")
         pieces.append(f"[{words}]" if counts[0] else words)
     return "".join(pieces)
 
@@ -439,14 +461,11 @@ def main():
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=".", help="what image paths in JSON files are relative to")
     parser.add_argument("--llm", metavar="DIR", default="runs/toy/llama", help="folder with tokenizer.model")
-    parser.add_argument("--limit", type=int, default=1000, metavar="N", help="samples read of each file")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens at which samples are cut")
+    parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
+    parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     args = parser.parse_args()
-    try:
-        check(args.files, args.images, args.llm, args.limit, args.max_length)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    check(args.files, args.images, args.llm, args.limit, args.max_length)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,7 +4,6 @@ A run folder holds `checkpoint-XXXXXX/` (checkpoints.py), `log.jsonl`, `bad_samp
 the model folder. Three engines share the work of several processes: replicas (ddp), replicas that share gradients and
 AdamW's state (zero), everything in shares (fsdp). All come from torch; the training loops do not know which one runs.
 """
-import argparse
 import json
 import math
 import os
@@ -27,11 +26,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import barrier
+from command import NATURAL, POSITIVE, SEED, bounded
 from weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")               # one process needs none
 
-TOY = Path("runs/toy")         # where `make demo` works; the scripts' paths point there when none are given
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ENGINES = ("ddp", "zero", "fsdp")
 # TFLOP/s of dense bfloat16 products, by what the device's name contains
@@ -40,38 +39,35 @@ PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090"
 
 # ---------------------------------------------------------------- options and processes
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the docstring as it is, and every default"""
-
-
 def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_decay=0.01, engines=True, text_tokens=0):
     """The options that all trainers share; the numbers are the stage's recipe."""
     g = parser.add_argument_group("the run")
     g.add_argument("--out", metavar="DIR", help="run folder: checkpoints, log, samples, at the end the model")
     g.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
     g.add_argument("--export", action="store_true", help="with --resume: write the model folder now and end")
-    g.add_argument("--steps", type=int, default=steps, help="updates")
-    g.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints; 0: none")
-    g.add_argument("--sample-every", type=int, default=1000, metavar="N",
+    g.add_argument("--steps", type=POSITIVE, default=steps, help="updates")
+    g.add_argument("--save-every", type=NATURAL, default=1000, metavar="N", help="steps between checkpoints; 0: none")
+    g.add_argument("--sample-every", type=NATURAL, default=1000, metavar="N",
                    help="steps between pictures in samples/; 0: one at the end")
-    g.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that are kept")
-    g.add_argument("--seed", type=int, default=0, help="of new weights, the order of the data and all else")
+    g.add_argument("--keep", type=POSITIVE, default=2, metavar="N", help="newest checkpoints that are kept")
+    g.add_argument("--seed", type=SEED, default=0, help="of new weights, the order of the data and all else")
     g = parser.add_argument_group("optimization")
-    g.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    g.add_argument("--warmup", type=int, default=warmup, help="steps of linear warm-up from 0, then cosine to 0")
-    g.add_argument("--betas", type=float, nargs=2, default=betas, help="AdamW")
-    g.add_argument("--weight-decay", type=float, default=weight_decay, help="AdamW, not on norms and biases")
-    g.add_argument("--clip-norm", type=float, default=1.0, help="largest norm of the gradient")
-    g.add_argument("--batch", type=int, default=batch, help="samples of an update, over all processes")
-    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+    g.add_argument("--lr", type=bounded(float, 0), default=lr, help="peak learning rate")
+    g.add_argument("--warmup", type=NATURAL, default=warmup, help="steps of linear warm-up from 0, then cosine to 0")
+    g.add_argument("--betas", type=bounded(float, 0, below=1), nargs=2, default=betas, help="AdamW")
+    g.add_argument("--weight-decay", type=bounded(float, 0), default=weight_decay,
+                   help="AdamW, not on norms and biases")
+    g.add_argument("--clip-norm", type=bounded(float, above=0), default=1.0, help="largest norm of the gradient")
+    g.add_argument("--batch", type=POSITIVE, default=batch, help="samples of an update, over all processes")
+    g.add_argument("--micro-batch", type=NATURAL, default=0, metavar="N",
                    help="samples of one pass of one process; passes add up to --batch; 0: --batch / processes")
     g = parser.add_argument_group("the machine")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
-    g.add_argument("--workers", type=int, default=0, help="processes that read data, for each training process")
-    g.add_argument("--max-bad", type=float, default=0.05, metavar="SHARE",
-                   help="of samples that cannot be used, beyond which the run ends")
-    g.add_argument("--timeout", type=float, default=10, metavar="MINUTES",
+    g.add_argument("--workers", type=NATURAL, default=0, help="processes that read data, for each training process")
+    g.add_argument("--max-bad", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
+                   help="of samples that cannot be used, beyond which the run ends; 20 of them are always let pass")
+    g.add_argument("--timeout", type=bounded(float, above=0), default=10, metavar="MINUTES",
                    help="how long the processes wait for one that does not answer before the run ends")
     g.add_argument("--deterministic", action="store_true",
                    help="the GPU's deterministic kernels, slower: without them a resumed run differs in rounding")
@@ -86,37 +82,45 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
                        help="zero and fsdp: float32 weights, gradients and AdamW in the CPU's memory; slower, but "
                             "several times as much fits")
         g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
-        g.add_argument("--peak", type=float, metavar="TFLOP/S", help="of the device, to log the share reached; None: "
+        g.add_argument("--peak", type=bounded(float, above=0), metavar="TFLOP/S",
+                       help="of the device, to log the share reached; None: "
                        "by the GPU's name")
     g = parser.add_argument_group("the plan")
     g.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end")
-    g.add_argument("--nproc", type=int, default=8, help="GPUs")
-    g.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU")
-    g.add_argument("--tflops", type=float, default=150, help="TFLOP/s that a GPU reaches, given or measured")
+    g.add_argument("--nproc", type=POSITIVE, default=8, help="GPUs")
+    g.add_argument("--memory", type=bounded(float, above=0), default=80, metavar="GB", help="of a GPU")
+    g.add_argument("--tflops", type=bounded(float, above=0), default=150,
+                   help="TFLOP/s that a GPU reaches, given or measured")
     if engines:
-        g.add_argument("--text-tokens", type=int, default=text_tokens, help="text of a sample, mean")
+        g.add_argument("--text-tokens", type=NATURAL, default=text_tokens, help="text of a sample, mean")
     else:
         parser.set_defaults(engine="ddp", offload=False, checkpoint_activations=False)
     return parser
 
 
-def need(path):
-    if not Path(path).exists():
-        raise UserError(f"{path} is not there. `make demo` makes the toy world's files (python toy.py alone its first "
-                        "stage); for other files see --help")
-    return path
+def refuse(args):
+    """--out is not to be one of the folders that are read, nor a finished model that no --resume can go on with."""
+    out = Path(args.out).resolve()
+    for name in ("llm", "image_tokenizer", "model", "clip_folder"):
+        if getattr(args, name, None) and Path(getattr(args, name)).resolve() == out:
+            raise UserError(f"--out {args.out} is the folder that --{name.removesuffix('_folder').replace('_', '-')} "
+                            "reads: it would be overwritten. Name another")
+    known = [name for name in ("config.json", "model.safetensors") if (out / name).exists()]
+    if known and not (args.resume and any(out.glob("checkpoint-*"))):
+        raise UserError(f"--out {args.out} holds {' and '.join(known)}: a model that this run would overwrite. Name "
+                        "another folder, remove it, or give --resume where there are checkpoints to go on from")
 
 
-def save_recipe(args, world):
-    """Print the resolved options and keep them beside the weights. -> the run folder"""
-    out = Path(args.out)
+def save_recipe(args, world, start):
+    """Print the resolved options and keep them beside the weights. start: the step the run goes on from"""
+    if start > args.steps and not args.export:
+        raise UserError(f"--steps {args.steps}, but this run has made {start} already; --export writes its model")
     if world.first:
-        out.mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        write_json(out / "recipe.json", values)
+        write_json(Path(args.out) / "recipe.json", values)
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
     barrier(world)
-    return out
 
 
 @dataclass
@@ -138,12 +142,24 @@ class World:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
+def usable(device):
+    """'cpu', 'cuda', 'cuda:1', ... -> torch.device"""
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no GPU is visible here")
+        if device.type != "cuda":
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); --device cpu always "
+                        "can") from None
+    return device
+
+
 def join(device, timeout=10, group=False):
     """Join the other processes: torchrun sets RANK and WORLD_SIZE. timeout in minutes; group: also if there are none"""
-    rank, size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
+    rank, size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), usable(device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: no GPU is visible here; --device cpu runs without one")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if (size > 1 or group) and not dist.is_initialized():
@@ -159,6 +175,7 @@ def start(args):
         args.engine = "zero" if args.offload else "ddp"
     if args.engine == "ddp" and args.offload:
         raise UserError("--offload: replicas (ddp) live on the device whole; give --engine zero or fsdp")
+    refuse(args)
     world = join(args.device, args.timeout, args.engine in ("zero", "fsdp"))
     device, size = world.device, world.size
     if args.batch % size:
@@ -207,7 +224,11 @@ def replicate(model, world):
     """Replicas that average their gradients, where there is more than one process"""
     # the only buffers are running statistics, which training does not read: passing them on would break the
     # discriminator, whose two passes share one backward
-    return DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    if world.size == 1:
+        return model
+    with warnings.catch_warnings():                       # newer versions of torch have another name for it
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def gradients_travel(model, now):
@@ -357,13 +378,3 @@ class BadSamples:
 def clock(seconds):
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def run(main):
-    """Call a script's main; a user's mistake ends it with its sentence, not with a traceback."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if dist.is_initialized():                             # not after an error: it would wait for those who still work
-        dist.destroy_process_group()

@@ -24,7 +24,7 @@ import benchmarks
 import engine
 import scores
 from benchmarks import TASKS
-from engine import TOY, need
+from command import NATURAL, POSITIVE, TOY, Help, need, run, target
 from generation import generate, see
 from model import Libra
 from streams import Streams
@@ -33,7 +33,7 @@ from weights import UserError, write_json
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     g = parser.add_argument_group("what")
     g.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
     g.add_argument("--task", choices=list(TASKS), required=True,
@@ -41,17 +41,18 @@ def options():
     g.add_argument("--data", metavar="FILE", nargs="+", required=True,
                    help="its file, or questions and annotations; for pope each of several is scored, and their mean")
     g.add_argument("--images", metavar="DIR", default=".", help="folder of the pictures")
-    g.add_argument("--out", metavar="FILE", help="JSON with score, parts and answers")
-    g.add_argument("--submission", metavar="FILE", help="the answers in the form that the benchmark's server reads")
+    g.add_argument("--out", type=target, metavar="FILE", help="JSON with score, parts and answers")
+    g.add_argument("--submission", type=target, metavar="FILE",
+                   help="the answers in the form that the benchmark's server reads")
     g = parser.add_argument_group("how")
     g.add_argument("--prompt", help="instead of the question's or caption's own words; '' continues the picture "
                    "without the chat template, as pretraining does")
     g.add_argument("--likelihood", action="store_true",
                    help="choose the likeliest of the choices' texts instead of reading a letter (SEED; base models)")
     g.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
-    g.add_argument("--batch", type=int, default=32, help="questions answered at a time")
-    g.add_argument("--limit", type=int, default=0, help="first N questions of each file only; 0: all")
-    g.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer")
+    g.add_argument("--batch", type=POSITIVE, default=32, help="questions answered at a time")
+    g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
+    g.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="most tokens of an answer")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
     return parser
@@ -59,17 +60,27 @@ def options():
 
 def main():
     args = options().parse_args()
+    if args.likelihood and args.prompt == "":
+        raise UserError("--likelihood compares answers to a question: it does not go with --prompt ''")
+    for path in args.data:
+        need(path)
     world = engine.join(args.device)
     dtype = engine.DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
     model = Libra.from_pretrained(need(args.model), dtype=dtype, device=world.device).eval()
     each = [[path] for path in args.data] if args.task == "pope" else [args.data]
-    results = [evaluate(model, args.task, paths, args.images, args.prompt, args.blind, args.batch, args.limit,
-                        args.likelihood, args.max_new_tokens, args.out and f"{args.out}.{n}", world, args.submission)
-               for n, paths in enumerate(each)]
+    about = {"model": str(args.model), "dtype": str(dtype), "max_new_tokens": args.max_new_tokens}
+    results = []
+    for n, paths in enumerate(each):
+        submission = args.submission and Path(args.submission)
+        if submission and len(each) > 1:                  # one for each file
+            submission = submission.with_stem(f"{submission.stem}-{Path(paths[0]).stem}")
+        results.append(evaluate(model, args.task, paths, args.images, args.prompt, args.blind, args.batch, args.limit,
+                                args.likelihood, args.max_new_tokens, args.out and f"{args.out}.{n}", world,
+                                submission, about))
     if not world.first:
         return
     result = scores.average(results) | {"files": results} if len(results) > 1 else results[0]
-    result |= {"model": str(args.model), "dtype": str(dtype)}
+    result |= about
     print(json.dumps({key: value for key, value in result.items() if key not in ("answers", "files")}, indent=2))
     print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
     if args.out:
@@ -79,13 +90,14 @@ def main():
 
 
 def evaluate(model, task, paths, images, prompt=None, blind=None, batch=32, limit=0, likelihood=False,
-             max_new_tokens=128, keep=None, world=None, submission=None):
+             max_new_tokens=128, keep=None, world=None, submission=None, about=None):
     """-> {score, metric, parts, unparsed, answered, ..., answers}. keep: where answers are kept until all are there,
-    `keep`.RANK.jsonl for each process; world: of engine.join, to share the work."""
+    `keep`.RANK.jsonl for each process; world: of engine.join, to share the work; about: what else must be the same for
+    kept answers to count."""
     rank, size = (world.rank, world.size) if world else (0, 1)
     items = benchmarks.read(task, images, *paths)[:limit or None]
     about = {"task": task, "data": [str(path) for path in paths], "prompt": prompt, "blind": blind,
-             "likelihood": likelihood, "decoding": "greedy", "limit": limit}
+             "likelihood": likelihood, "decoding": "greedy", "limit": limit} | (about or {})
     began, answers = time.time(), kept(keep, about)
     todo = [n for n in range(len(items)) if n not in answers][rank::size]
     if size > 1:
@@ -95,12 +107,16 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, batch=32, limi
         for start in tqdm(range(0, len(todo), batch), desc=f"{task} {blind or ''}", mininterval=5, disable=rank > 0):
             numbers = todo[start:start + batch]
             some = [items[n] for n in numbers]
-            shown = [items[(n + 1) % len(items)] for n in numbers] if blind == "swapped" else some
+            shown = [another(items, n) for n in numbers] if blind == "swapped" else some
             words = [item["question"] if prompt is None else prompt for item in some]
             pictures = [io.BytesIO(item["image"]) if isinstance(item["image"], bytes) else item["image"]
                         for item in shown]
-            said = (likeliest(model, words, pictures, [item["choices"] for item in some]) if likelihood else
-                    reply(model, words, pictures, blind == "zeroed", max_new_tokens))
+            try:
+                said = (likeliest(model, words, pictures, [item["choices"] for item in some], blind == "zeroed")
+                        if likelihood else reply(model, words, pictures, blind == "zeroed", max_new_tokens))
+            except UserError as error:
+                raise UserError(f"{paths[0]}: {error}; among the questions "
+                                + ", ".join(str(item["id"]) for item in some)) from None
             for n, answer in zip(numbers, said):
                 answers[n] = answer
                 file.write(json.dumps({"n": n, "answer": answer}, ensure_ascii=False) + "\n")
@@ -117,11 +133,19 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, batch=32, limi
         "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, said)]}
 
 
+def another(items, n):
+    """The next question whose picture is another one"""
+    for m in range(n + 1, n + len(items)):
+        if items[m % len(items)]["image"] != items[n]["image"]:
+            return items[m % len(items)]
+    raise UserError("--blind swapped: all questions are about one picture")
+
+
 def kept(keep, about):
     """Answers of runs that were broken off: {number: answer}. Those of other questions or settings are refused."""
     answers = {}
     for path in sorted(Path(keep).parent.glob(Path(keep).name + ".*.jsonl")) if keep else []:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
             except ValueError:                            # the line that was being written when the run ended
@@ -153,9 +177,11 @@ def reply(model, questions, images, zeroed=False, max_new_tokens=128):
 
 
 @torch.inference_mode()
-def likeliest(model, questions, images, choices):
+def likeliest(model, questions, images, choices, zeroed=False):
     """For each question the letter of the choice whose text has the least mean loss as the answer"""
     letters, (codes, signal) = [], see(model, images)
+    if zeroed:
+        codes, signal = torch.zeros_like(codes), torch.zeros_like(signal)
     for question, code, seen, some in zip(questions, codes, signal, choices):
         if not some:
             raise UserError("--likelihood needs a benchmark with choices")
@@ -214,4 +240,4 @@ TASKS["statements"] = (benchmarks.read_captions, "Describe the image.", score_st
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from command import run
 from weights import write_json
 
 FINE = 4                                                  # drawn four times as large, then scaled down
@@ -80,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,26 +11,27 @@
 """
 import argparse
 import json
+import os
+import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import engine
-from engine import TOY, need
+from command import NATURAL, POSITIVE, SEED, TOY, Help, bounded, need, run, target
 from generation import generate, see
 from model import Libra
 from streams import Streams
 from text import IMG, spell_out
-from tokenizer import open_image, prepare, to_picture, to_rgb
-from weights import UserError
+from tokenizer import ImageTokenizer, open_image, prepare, to_picture, to_rgb
+from weights import UserError, read_text
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("question", nargs="?", help="what to ask; without it a chat (/image FILE, /reset, Ctrl-D)")
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=TOY / "sft", help="model folder")
@@ -40,22 +41,26 @@ def options():
     g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining learned to, without a template")
     g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
-    g.add_argument("--rows", type=int, default=0, help="rows of the picture's tokens that are given; 0: half of them")
+    g.add_argument("--rows", type=NATURAL, default=0,
+                   help="rows of the picture's tokens that are given; 0: half of them")
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
-    g.add_argument("--attention", metavar="FILE", help="with one --image and a question: heat maps of each layer's "
+    g.add_argument("--attention", type=target, metavar="FILE",
+                   help="with one --image and a question: heat maps of each layer's "
                    "attention on the picture as the answer begins, and how layers and heads differ (Fig. 4, 7)")
-    g.add_argument("--out", metavar="FILE",
+    g.add_argument("--out", type=target, metavar="FILE",
                    help="where a drawn picture or the answers of --batch go; None: out.png, answers.jsonl")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
     g.add_argument("--verbose", action="store_true", help="print tokens/s, and what reading the weights allows")
-    g.add_argument("--batch-size", type=int, default=16, help="prompts of --batch answered at a time")
+    g.add_argument("--batch-size", type=POSITIVE, default=16, help="prompts of --batch answered at a time")
     g = parser.add_argument_group("how")
-    g.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
-    g.add_argument("--temperature", type=float, default=None, help="0 is greedy; None: 0 for text, 1 for pictures")
-    g.add_argument("--top-k", type=int, default=0, help="sample from the k most likely; 0: from all")
-    g.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely that make up this share")
-    g.add_argument("--seed", type=int, default=0, help="of sampling")
+    g.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="most tokens of an answer")
+    g.add_argument("--temperature", type=bounded(float, 0), default=None,
+                   help="0 is greedy; None: 0 for text, 1 for pictures")
+    g.add_argument("--top-k", type=NATURAL, default=0, help="sample from the k most likely; 0: from all")
+    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0,
+                   help="sample from the most likely that make up this share")
+    g.add_argument("--seed", type=SEED, default=0, help="of sampling")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
     return parser
@@ -63,34 +68,38 @@ def options():
 
 def main():
     args = options().parse_args()
-    jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption") if getattr(args, name)]
+    jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption")
+            if getattr(args, name) is not None]
     if len(jobs) + (args.question is not None) > 1:
         raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
                         + " and a question" * (args.question is not None))
-    args.out = args.out or ("answers.jsonl" if args.batch else "out.png")
+    refuse(args, jobs)
+    args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
     if args.attention and (args.question is None or len(args.image) != 1):
         raise UserError(f"--attention looks at one --image while a question is answered; there are {len(args.image)} "
                         f"images and {'no' if args.question is None else 'a'} question")
-    if args.raw and (args.attention or args.question is None and not args.batch):
+    if args.raw and (args.attention or args.question is None and args.batch is None):
         raise UserError("--raw continues a question, or those of --batch, without a template; a chat and --attention "
                         "need one")
     if args.temperature is None:
-        args.temperature = 1.0 if args.draw or args.complete else 0.0
-    dtype = engine.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
-    model = Libra.from_pretrained(need(args.model), dtype=dtype, device=args.device).eval()
+        args.temperature = 1.0 if args.draw is not None or args.complete is not None else 0.0
+    device = engine.usable(args.device)
+    dtype = engine.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    if args.reconstruct is not None:
+        picture, psnr = reconstruct(ImageTokenizer.from_pretrained(need(args.model), dtype, device), args.reconstruct)
+        save(picture, args.out)
+        return print(f"PSNR {psnr:.2f} dB")
+    lines = read_prompts(args.batch) if args.batch is not None else []
+    model = Libra.from_pretrained(need(args.model), dtype=dtype, device=device).eval()
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    if args.draw:
+    if args.draw is not None:
         save(draw(model, [args.draw], **sampling)[0], args.out)
-    elif args.complete:
+    elif args.complete is not None:
         save(complete(model, [args.complete], args.rows or model.config.image_feature_resolution // 2, **sampling)[0],
              args.out)
-    elif args.reconstruct:
-        picture, psnr = reconstruct(model, args.reconstruct)
-        save(picture, args.out)
-        print(f"PSNR {psnr:.2f} dB")
-    elif args.batch:
-        batch(model, args, sampling)
-    elif args.caption:
+    elif args.batch is not None:
+        batch(model, args, lines, sampling)
+    elif args.caption is not None:
         print(caption(model, [args.caption], args.max_new_tokens, **sampling)[0])
     elif args.question is None:
         chat(model, args.image, args.max_new_tokens, **sampling)
@@ -100,11 +109,25 @@ def main():
             show_attention(model, args.question, args.image[0], args.attention)
 
 
+def refuse(args, jobs):
+    """Options that the job at hand would not heed"""
+    job = f"--{jobs[0]}" if jobs else "a question" if args.question is not None else "a chat"
+    heeded = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
+              "json": ("a question",), "rows": ("--complete",), "verbose": ("a question",)}
+    for name, by in heeded.items():
+        if getattr(args, name) and job not in by:
+            raise UserError(f"--{name} belongs to {' or '.join(by)}, not to {job}")
+    if args.json and args.attention:
+        raise UserError("--json prints the answer alone; --attention prints a table: give one of them")
+    if args.question is not None and os.path.isfile(args.question):
+        raise UserError(f"the question is the name of a file, {args.question}: several pictures take an --image each")
+
+
 def save(picture, path):
     try:
         picture.save(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"--out {path}: cannot be written ({error})") from None
+        raise UserError(f"{path}: cannot be written ({error})") from None
     print(f"{path}: {picture.width} x {picture.height} pixels")
 
 
@@ -132,28 +155,40 @@ def prompt_of(model, turns, raw=False):
     return ids, [0] * len(ids)
 
 
-def batch(model, args, sampling):
-    """A file of prompts -> a file of answers, in their order, with all that stood in the line"""
+def read_prompts(path):
+    """-> [(number of the line, what stands in it)]"""
     lines = []
-    for number, line in enumerate(need(Path(args.batch)).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             entry["question"] + "", entry.get("image", "") + ""
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{args.batch}, line {number}: expected {{"question": TEXT}}, perhaps with "image": FILE '
+            raise UserError(f'{path}, line {number}: expected {{"question": TEXT}}, perhaps with "image": FILE '
                             f"({error!r})") from None
-        lines.append(entry)
+        if "image" in entry and not os.path.isfile(entry["image"]):
+            raise UserError(f"{path}, line {number}: {entry['image']}: no such file")
+        lines.append((number, entry))
+    return lines
+
+
+def batch(model, args, lines, sampling):
+    """Prompts of a file -> a file of answers, in their order, with all that stood in the line"""
     text = model.tokenizers.text
-    with open(args.out, "w", encoding="utf-8") as out:
+    with open(args.out, "w", encoding="utf-8", errors="replace") as out:
         for start in tqdm(range(0, len(lines), args.batch_size), desc="batches"):
-            some = lines[start:start + args.batch_size]
-            codes, signal = see(model, [entry["image"] for entry in some if "image" in entry])
-            codes, prompts = iter(codes), []
-            for entry in some:
-                turn = [(entry["question"], int("image" in entry), None)]
-                prompts.append(spell_out(*prompt_of(model, turn, args.raw), [next(codes) for _ in range(turn[0][1])],
-                                         model.config)[0])
-            rows = list(generate(model, prompts, signal, args.max_new_tokens, text.eos, **sampling))
+            numbers, some = zip(*lines[start:start + args.batch_size])
+            try:
+                codes, signal = see(model, [entry["image"] for entry in some if "image" in entry])
+                codes, prompts = iter(codes), []
+                for entry in some:
+                    turn = [(entry["question"], int("image" in entry), None)]
+                    prompts.append(spell_out(*prompt_of(model, turn, args.raw),
+                                             [next(codes) for _ in range(turn[0][1])], model.config)[0])
+                rows = list(generate(model, prompts, signal, args.max_new_tokens, text.eos, **sampling))
+            except UserError as error:
+                raise UserError(f"{args.batch}, lines {numbers[0]} to {numbers[-1]}: {error}") from None
             for entry, row in zip(some, torch.stack(rows, dim=1)[..., 0].tolist()):
                 out.write(json.dumps(entry | {"answer": text.decode(row)}, ensure_ascii=False) + "\n")
     print(f"{args.out}: {len(lines)} answers")
@@ -223,6 +258,10 @@ def stream(model, prompt, images, max_new_tokens, out=None, **sampling):
 def chat(model, images, max_new_tokens, **sampling):
     """Turns with history, as in Fig. 6"""
     turns, shown, waiting = [], [], list(images)
+    for path in images:
+        open_image(path)                                  # what cannot be shown is said now
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     print("Ask. /image FILE shows a picture, /reset forgets all, Ctrl-D leaves.")
     while True:
         try:
@@ -238,6 +277,8 @@ def chat(model, images, max_new_tokens, **sampling):
                 waiting.append(path)
             except UserError as error:
                 print(error)
+        elif re.fullmatch(r"/\w*", line):
+            print("There is /image FILE and /reset.")
         elif line:
             try:
                 asked = turns + [(line, len(waiting), None)]
@@ -245,7 +286,9 @@ def chat(model, images, max_new_tokens, **sampling):
                                   **sampling)
                 turns, shown, waiting = asked[:-1] + [(*asked[-1][:2], words)], shown + waiting, []
             except UserError as error:
-                print(error)
+                print(f"{error} (/reset begins anew)")
+            except KeyboardInterrupt:                     # enough of this answer
+                print()
 
 
 def caption(model, images, max_new_tokens=64, **sampling):
@@ -269,13 +312,16 @@ def draw(model, texts, **sampling):
 
 
 def complete(model, images, rows, **sampling):
-    """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a). -> list of PIL images"""
+    """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a), E_c = 0. A model that
+    learned to draw has met that only behind a caption: there an empty one stands. -> list of PIL images"""
     grid = model.config.image_feature_resolution
     if not 0 < rows < grid:
         raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
     codes, _ = see(model, images, square=False)
-    start = [model.tokenizers.text.bos, IMG]
-    prompts = [spell_out(start, [0, 0], [c], model.config)[0][:2 + rows * grid] for c in codes]
+    text = model.tokenizers.text
+    start = [text.bos] + [text.newline] * model.config.text_to_image + [IMG]
+    given = len(start) + rows * grid
+    prompts = [spell_out(start, [0] * len(start), [c], model.config)[0][:given] for c in codes]
     return [to_picture(rgb) for rgb in finish(model, prompts, **sampling)]
 
 
@@ -288,9 +334,8 @@ def finish(model, prompts, **sampling):
     return model.tokenizers.image.decode(codes.to(model.lm_head.weight.device))
 
 
-def reconstruct(model, image):
+def reconstruct(tokenizer, image):
     """-> the picture as the tokenizer sees it beside what its ids hold of it (Fig. 2, 5), PSNR in dB"""
-    tokenizer = model.tokenizers.image
     pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None]
     pixels = pixels.to(tokenizer.quant_conv.weight)
     rgb, drawn = to_rgb(pixels).float(), tokenizer.decode(tokenizer.encode(pixels)[0]).float().clamp(-1, 1)
@@ -315,4 +360,4 @@ def attention_difference(maps):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

@@ -156,8 +156,9 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     """Continue prompts, each (L, K) ids as text.spell_out makes them. Yields (B, K) tokens on the CPU, step by step.
 
     What comes next is set by the place, never by the sampled id: after BOI and inside an image a code, 0 to N - 1, from
-    each codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` repeats
-    it; when all rows have, generation ends. sampling: temperature, top_k, top_p, seed.
+    each codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop`, or has
+    come to the end of the positions, repeats it; when all have, generation ends. sampling: temperature, top_k, top_p,
+    seed.
     """
     c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
@@ -166,11 +167,14 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     places = [place_in_image(prompt, c) for prompt in prompts]
     last = c.image_tokens - 2                             # the place of the last code; EOI follows
     draws = [place is not None and place <= last for place in places]
-    room = c.max_position_embeddings - longest            # one limit for the batch, that of its longest prompt
-    if room < max([1] + [last - place for place, draw in zip(places, draws) if draw and max_new_tokens > room]):
-        raise UserError(f"the prompt has {longest} tokens of the {c.max_position_embeddings} that the model takes: too "
-                        "little room is left")
-    max_new_tokens = min(max_new_tokens, room)
+    limits = []                                           # of each row, as if it were alone
+    for prompt, place, draw in zip(prompts, places, draws):
+        room = c.max_position_embeddings - len(prompt)
+        if room < (last - place if draw and max_new_tokens > room else 1):
+            raise UserError(f"the prompt has {len(prompt)} tokens of the {c.max_position_embeddings} that the model "
+                            "takes: too little room is left")
+        limits.append(min(max_new_tokens, room))
+    max_new_tokens = min(limits) if stop is None else max(limits)
     writes = [place is None or max_new_tokens > last + 1 - place for place in places]         # text, sooner or later
     views = [TEXT] * any(writes) + [IMAGE] * any(draws)
     cache = Cache(c, len(prompts), longest + max_new_tokens, views, like)
@@ -181,6 +185,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     for step in range(max_new_tokens):
         tokens = next_tokens(model, hidden, places, sampler)
         if stop is not None:
+            done |= torch.tensor(limits) <= step
             tokens[done] = stop
             done |= tokens[:, 0] == stop
         yield tokens

@@ -22,7 +22,7 @@ from model import Libra
 from streams import Streams
 from text import IMG, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
-from weights import read_json
+from weights import UserError, read_json
 
 PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4; bf16 peak
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -35,11 +35,15 @@ def sizes(llm, image_tokenizer, **changes):
     if image_tokenizer:
         folder = Path(image_tokenizer)
         folder = folder / "image_tokenizer" if (folder / "image_tokenizer").is_dir() else folder
-        if "clip" in (values := read_json(folder / "config.json")):
+        published = (folder / "vision_tokenizer_config.yaml").is_file()
+        if not published and "clip" in (values := read_json(folder / "config.json")):
             eye = ImageTokenizerConfig(**values)
+        elif not published and image_tokenizer != llm:    # of a LLaMA alone the published tokenizer is supposed
+            raise UserError(f"{folder}: no image tokenizer")
     visual = {"vision_vocab_size": eye.codebook_size + 2, "vision_codebook_num": eye.num_codebooks,
               "image_feature_resolution": eye.grid, "contiguous_signal_size": eye.signal_size}
-    config = LibraConfig.from_file(Path(llm) / "config.json", visual, **changes) if llm else LibraConfig(**changes)
+    config = LibraConfig.from_file(Path(llm) / "config.json", visual, **changes) if llm else (
+        LibraConfig(**visual, **changes))
     return config, eye
 
 
@@ -203,6 +207,8 @@ def show(args, config, eye, stage):
     """Print the plan of pretraining or of instruction tuning."""
     dtype, tune, n = DTYPES[args.dtype or "bfloat16"], stage == "sft", args.nproc
     micro = args.micro_batch or max(1, args.batch // n)
+    if args.batch % (n * micro):
+        raise UserError(f"--batch {args.batch} does not divide into {n} GPUs with --micro-batch {micro}")
     streams = batch_of(config, micro, args.text_tokens, stage)
     with torch.device("meta"):
         model, see = Libra(config), ImageTokenizer(eye)

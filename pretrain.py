@@ -10,6 +10,7 @@ import argparse
 import itertools
 import textwrap
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -17,15 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 import engine
 import plan
 from checkpoints import Checkpoints, Stop
+from command import POSITIVE, TOY, Help, bounded, need, run
 from data import Recipe, loader, open_sources
-from engine import TOY, need
 from model import Libra
 from tokenizer import to_picture, to_rgb
 from weights import UserError
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     g = parser.add_argument_group("what is trained, on what")
     g.add_argument("--llm", metavar="DIR", help=f"Hugging Face LLaMA folder; None: {TOY}/llama")
     g.add_argument("--image-tokenizer", metavar="DIR",
@@ -35,15 +36,15 @@ def options():
                         "to their size; FILE@3: each epoch reads it three times")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what image paths in JSON files are relative to")
-    g.add_argument("--max-length", type=int, default=700, help="tokens of a sample")
-    g.add_argument("--text-to-image", type=float, default=0.0, metavar="SHARE",
+    g.add_argument("--max-length", type=POSITIVE, default=700, help="tokens of a sample")
+    g.add_argument("--text-to-image", type=bounded(float, 0, 1), default=0.0, metavar="SHARE",
                    help="share of samples with the caption before the image and E_c zeroed (Sec. 4.3)")
     g.add_argument("--no-caption-end", action="store_true", help="no </s> behind captions, as in the authors' release")
     engine.add_options(parser, steps=40_000, warmup=2000, batch=1280, lr=1e-4, text_tokens=50)
     parser.set_defaults(out=str(TOY / "pretrain"))
     g = parser.add_argument_group("the visual part")
-    g.add_argument("--vision-down-ratio", type=int, default=4, help="rank of expert matrices: output / this")
-    g.add_argument("--bridge-rank", type=int, default=8, help="rank of the cross-modal bridge (Eq. 5)")
+    g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, help="rank of expert matrices: output / this")
+    g.add_argument("--bridge-rank", type=POSITIVE, default=8, help="rank of the cross-modal bridge (Eq. 5)")
     g = parser.add_argument_group("Table 3, each one switch away from Libra")
     g.add_argument("--language-only", action="store_true", help="(a) image tokens are no targets")
     g.add_argument("--contiguous-targets", action="store_true", help="(b) image positions regress the next one's E_c")
@@ -57,12 +58,13 @@ def main():
     args = options().parse_args()
     sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank,
              "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
-             "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
+             "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets,
+             "text_to_image": args.text_to_image > 0}
     if args.plan:
         return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer, **sizes), "pretrain")
+    args.llm, args.image_tokenizer = args.llm or TOY / "llama", args.image_tokenizer or TOY / "tokenizer"
     world = engine.start(args)
-    model = Libra.from_pretrained(need(args.llm or TOY / "llama"), need(args.image_tokenizer or TOY / "tokenizer"),
-                                  **sizes)
+    model = Libra.from_pretrained(need(args.llm), need(args.image_tokenizer), **sizes)
     for module in model.llama():
         module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
@@ -72,20 +74,20 @@ def main():
 
 def train(args, world, model, recipe):
     """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
+    out, sources = Path(args.out), open_sources(args.data, args.images)
     plan.choose_engine(args, world, model)
-    out = engine.save_recipe(args, world)
     model.checkpoint_activations = args.checkpoint_activations
     wrapped = engine.distribute(model, model.model.layers, args, world)
     model.tokenizers.image.to(world.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = engine.adamw(trained, args)
-    checkpoints, log, stop = Checkpoints(out, args, world), engine.Log(out, args, world), Stop(world)
-    bad, peak, flops = engine.BadSamples(out, args.max_bad, world), engine.peak(args, world), plan.flops_of(
-        model, model.tokenizers.image.config)
+    checkpoints = Checkpoints(out, args, world)
     start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
-    sources = open_sources(args.data, args.images)
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
+    engine.save_recipe(args, world, start)
+    log, stop, bad = engine.Log(out, args, world), Stop(world), engine.BadSamples(out, args.max_bad, world)
+    peak, flops = engine.peak(args, world), plan.flops_of(model, model.tokenizers.image.config)
     batches, passes = iter(batches), args.batch // args.micro_batch // world.size
     world.say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights learn, "
               f"{passes} passes of {args.micro_batch} samples on {world.size} processes, engine {args.engine}")
@@ -192,4 +194,4 @@ def look(world, model, wrapped, batch, path, most=6, side=112):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

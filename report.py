@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import engine
-from engine import need
+from command import NATURAL, SEED, Help, need, run
 from evaluate import evaluate, reply
 from generate import complete, draw
 from generation import see
@@ -271,11 +270,12 @@ def mean(folders):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=Path("runs/toy"), help="folder of a finished demo")
     parser.add_argument("--models", type=Path, help="where pretrain/ and sft/ are and the report goes; None: --toy")
-    parser.add_argument("--limit", type=int, default=0, help="first N questions, captions and drawings only; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and drawings")
+    parser.add_argument("--limit", type=NATURAL, default=0,
+                        help="first N questions, captions and drawings only; 0: all")
+    parser.add_argument("--seed", type=SEED, default=0, help="of scenes and drawings")
     parser.add_argument("--began", type=float, default=0, help="when the demo began, seconds since 1970")
     parser.add_argument("--mean", type=Path, nargs="+", metavar="DIR",
                         help="put these folders' reports together, no more")
@@ -308,4 +308,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

@@ -24,7 +24,8 @@ class Text:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such file; a LLaMA folder holds its SentencePiece model under this name")
+            raise UserError(f"{path}: no such file. A LLaMA's folder and a Libra's hold their SentencePiece model under"
+                            " this name; a run's checkpoints become a model folder with --resume --export")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):

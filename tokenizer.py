@@ -6,6 +6,7 @@
 
 Letters: B images, K codebooks of N codes, G = grid side, C = width of the contiguous signal E_c, R = resolution.
 """
+import io
 import struct
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,6 +45,7 @@ def open_image(source):
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
     except (Image.DecompressionBombError, *BROKEN) as error:
+        source = "a picture in memory" if isinstance(source, io.BytesIO) else source
         raise UserError(f"{source}: cannot be read as a picture ({error})") from None
 
 
@@ -336,7 +338,8 @@ class ImageTokenizer(nn.Module):
             config, tensors, source = ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
         else:
             raise UserError(f"{folder}: no image tokenizer; expected in it the folder image_tokenizer, or "
-                            "vision_tokenizer_config.yaml. A LLaMA has none: name one that train_tokenizer.py made")
+                            "vision_tokenizer_config.yaml. A LLaMA has none: pretrain.py makes a Libra of --llm LLAMA "
+                            "and --image-tokenizer, which train_tokenizer.py makes")
         with torch.device("meta"):
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import world
+from command import POSITIVE, SEED, run
 from config import LibraConfig
 from model import Libra
 from streams import Streams
@@ -280,12 +281,15 @@ def stage(folder, make):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the world (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
-    parser.add_argument("--captions", type=int, default=12_000, help="pictures with captions (default: %(default)s)")
-    parser.add_argument("--chats", type=int, default=12_000, help="pictures with conversations (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=2_000, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--llama-steps", type=int, default=1_700, help="updates of the LLaMA (default: %(default)s)")
-    parser.add_argument("--clip-steps", type=int, default=600, help="updates of the CLIP (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of everything (default: 0)")
+    parser.add_argument("--captions", type=POSITIVE, default=12_000,
+                        help="pictures with captions (default: %(default)s)")
+    parser.add_argument("--chats", type=POSITIVE, default=12_000,
+                        help="pictures with conversations (default: %(default)s)")
+    parser.add_argument("--questions", type=POSITIVE, default=2_000, help="held-out questions (default: %(default)s)")
+    parser.add_argument("--llama-steps", type=POSITIVE, default=1_700,
+                        help="updates of the LLaMA (default: %(default)s)")
+    parser.add_argument("--clip-steps", type=POSITIVE, default=600, help="updates of the CLIP (default: %(default)s)")
     args = parser.parse_args()
 
     def chats(folder):
@@ -303,4 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,8 @@ from torch import nn
 import engine
 import plan
 from checkpoints import Checkpoints, Stop, agreed
+from command import NATURAL, TOY, Help, bounded, need, run
 from data import Pictures, loader, open_sources
-from engine import TOY, need
 from tokenizer import (
     ImageTokenizer,
     ImageTokenizerConfig,
@@ -152,12 +153,17 @@ def clip_distance(clip, rgb, pixels):
 
 # ---------------------------------------------------------------- the stage
 
-NUMBERS = ("embed_dim", "codebook_size", "num_codebooks", "z_channels", "ch", "num_res_blocks", "num_attn_heads")
-LISTS = ("select_layers", "ch_mult", "attn_resolutions")
+NUMBERS = {"embed_dim": "channels in front of the quantizer and behind it", "codebook_size": "codes of a codebook",
+           "num_codebooks": "codes that make up a token", "z_channels": "channels into the decoder",
+           "ch": "channels of the decoder at full resolution", "num_attn_heads": "heads of the decoder's attention",
+           "num_res_blocks": "residual blocks of a level, one less than the decoder has"}
+LISTS = {"select_layers": "states of the CLIP that make up the signal; 0: its embedding",
+         "ch_mult": "channels of each level, full resolution first, times --ch",
+         "attn_resolutions": "sides of the levels that have attention"}
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     g = parser.add_argument_group("what is trained, on what")
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"Hugging Face CLIP folder; None: {TOY}/clip")
     g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
@@ -169,25 +175,27 @@ def options():
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
     g = parser.add_argument_group("the tokenizer (the published sizes)")
     published = {field.name: field.default for field in fields(ImageTokenizerConfig)}
-    for name in NUMBERS:
-        option = "--" + name.replace("_", "-")
-        g.add_argument(option, type=int, default=published[name], help="see tokenizer.py")
+    for name, words in NUMBERS.items():
+        g.add_argument("--" + name.replace("_", "-"), type=bounded(int, 0 if name == "num_res_blocks" else 1),
+                       default=published[name], help=words)
     g.add_argument("--quantizer", choices=("lfq", "vq"), default=published["quantizer"],
                    help="vq: learned tables, the baseline that fails in Fig. 2")
     g.add_argument("--encoder", choices=("clip", "scratch"), default=published["encoder"],
                    help="scratch: the VQGAN's own, trained along, at the CLIP's resolution (Table 3 g)")
-    for name in LISTS:
-        g.add_argument("--" + name.replace("_", "-"), type=int, nargs="+", default=published[name],
-                       help="see tokenizer.py")
+    for name, words in LISTS.items():
+        g.add_argument("--" + name.replace("_", "-"), type=bounded(int, 0 if name == "select_layers" else 1), nargs="+",
+                       default=published[name], help=words)
     g = parser.add_argument_group("losses")
-    g.add_argument("--disc-start", type=int, default=20_000, help="step at which the discriminator joins")
-    g.add_argument("--disc-weight", type=float, default=0.8, help="of the adversarial loss, times its adaptive weight")
-    g.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS")
-    g.add_argument("--l2-weight", type=float, default=0.0, help="of the mean squared error, beside L1's one")
-    g.add_argument("--clip-weight", type=float, default=0.0,
+    g.add_argument("--disc-start", type=NATURAL, default=20_000, help="step at which the discriminator joins")
+    g.add_argument("--disc-weight", type=bounded(float, 0), default=0.8,
+                   help="of the adversarial loss, times its adaptive weight")
+    g.add_argument("--perceptual-weight", type=bounded(float, 0), default=1.0, help="of LPIPS")
+    g.add_argument("--l2-weight", type=bounded(float, 0), default=0.0,
+                   help="of the mean squared error, beside L1's one")
+    g.add_argument("--clip-weight", type=bounded(float, 0), default=0.0,
                    help="of a perceptual loss in the frozen CLIP's own features, for where there is no VGG")
-    g.add_argument("--entropy-weight", type=float, default=0.1, help="of the entropy losses")
-    g.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
+    g.add_argument("--entropy-weight", type=bounded(float, 0), default=0.1, help="of the entropy losses")
+    g.add_argument("--ema", type=bounded(float, 0, below=1), default=0.0, metavar="DECAY",
                    help="keep this running mean of the weights and save it instead of the last ones; 0: do not")
     engine.add_options(parser, steps=200_000, warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0,
                        engines=False)
@@ -259,7 +267,8 @@ def main():
         with torch.device("meta"):
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
         return plan.show_tokenizer(args, trained, discriminator, clip["image_size"])
-    world, folder = engine.start(args), need(args.clip_folder or TOY / "clip")
+    args.clip_folder = args.clip_folder or TOY / "clip"
+    world, folder = engine.start(args), need(args.clip_folder)
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder, torch.float32), folder)
@@ -277,17 +286,16 @@ def main():
 
 def train(args, world, tokenizer, discriminator, lpips, recipe):
     """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
-    out = engine.save_recipe(args, world)
-    (out / "samples").mkdir(exist_ok=True)
+    out, sources = Path(args.out), open_sources(args.data, args.images)
     models = [Trained(tokenizer, args.entropy_weight, args.ema).to(world.device), discriminator]
     wrapped, wrapped_disc = (engine.replicate(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
-    checkpoints, log, stop = Checkpoints(out, args, world), engine.Log(out, args, world), Stop(world)
-    bad = engine.BadSamples(out, args.max_bad, world)
+    checkpoints = Checkpoints(out, args, world)
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
-    sources = open_sources(args.data, args.images)
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
+    engine.save_recipe(args, world, start)
+    log, stop, bad = engine.Log(out, args, world), Stop(world), engine.BadSamples(out, args.max_bad, world)
     batches, passes = iter(batches), args.batch // args.micro_batch // world.size
     for step in range(start, start if args.export else args.steps):
         clock = time.perf_counter()
@@ -321,6 +329,7 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
             shown = to_rgb(torch.cat([batch.pixels for batch in micro])[:8])
             if len(shown):                                # what was given above what came back
                 pairs = torch.cat([torch.cat(pair, dim=1) for pair in zip(shown, xrec)], dim=2)
+                (out / "samples").mkdir(exist_ok=True)
                 to_picture(pairs).save(out / "samples" / f"{step + 1:06d}.png")
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")
@@ -389,4 +398,4 @@ def reconstruct(args, world, adversarial, tokenizer, wrapped, disc, lpips, pixel
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    run(main)

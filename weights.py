@@ -32,6 +32,13 @@ def read_json(path, kind=dict):
     return value
 
 
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+
+
 def write_json(path, value):
     """Atomic: a reader finds the old file or the new one, never half of it."""
     path = Path(path)

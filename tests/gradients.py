@@ -9,6 +9,7 @@ import torch
 
 import engine
 import pretrain
+from command import run
 
 
 def keep(parameters, most):
@@ -19,4 +20,4 @@ def keep(parameters, most):
 
 
 engine.clip = keep
-engine.run(pretrain.main)
+run(pretrain.main)

@@ -366,4 +366,4 @@ def test_no_traceback(tmp_path, task):
 
 
 def test_all_of_table_5():
-    assert set(benchmarks.TASKS) == {*FILES, "mme"}
+    assert set(benchmarks.TASKS) - {"exact", "statements"} == {*FILES, "mme"}      # those are the toy world's

@@ -132,4 +132,4 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
     assert {name: cause for name, cause in found.items() if name in entries} == {
         "fine": None, "text": None, "gone": "no_image", "broken": "bad_image", "outside": "path_outside",
         "silent": "no_label", "unanswered": "image_marks", "turned": "roles", "unmarked": "image_marks"}
-    assert sorted(cause for name, cause in found.items() if name not in entries) == ["KeyError", "KeyError"]
+    assert sorted(cause for name, cause in found.items() if name not in entries) == ["bad_entry", "bad_entry"]

@@ -220,14 +220,14 @@ def test_generate(toy, base, tuned, tmp_path):
         assert Image.open(out).size == size
     for bad, message in ((["--model", tmp_path / "gone", "x"], "is not there"),
                          (["--image", "gone.jpg", "x"], "gone.jpg: no such file"),
-                         (["--complete", picture, "--rows 7"], "give 1 to 6"), (["--draw x --top-p 2"], "top_p 2"),
+                         (["--complete", picture, "--rows 7"], "give 1 to 6"), (["--draw x --top-p 2"], "at most 1"),
                          (["--draw x --out", tmp_path / "x.nothing"], "cannot be written")):
         words = bad if "--model" in bad else ["--model", tuned, *bad]
         assert message in run("generate.py", *words, ok=False)
 
 
 def test_completion_keeps_what_is_given(toy, base):
-    from generate import complete, finish
+    from generate import complete
     from generation import see
     from model import Libra
     model = Libra.from_pretrained(base)
@@ -236,7 +236,8 @@ def test_completion_keeps_what_is_given(toy, base):
     model.tokenizers.image.decode = lambda codes: seen.append(codes) or torch.zeros(len(codes), 3, 56, 56)
     complete(model, pictures, 4, temperature=1.0)
     assert torch.equal(seen[0][:, :28], see(model, pictures, square=False)[0][:, :28]) and seen[0].shape == (2, 49, 2)
-    assert finish is not None and seen[0].max() < 256
+    assert seen[0].max() < 256
+    assert model.config.text_to_image                     # E_c = 0 only stood behind captions: an empty one is there
 
 
 def test_evaluate(toy, base, tuned, tmp_path):
@@ -250,7 +251,8 @@ def test_evaluate(toy, base, tuned, tmp_path):
         results[name] = json.loads((tmp_path / name).read_text())
         assert results[name]["answered"] == 16 and "colour/1" in results[name]["parts"]
     assert {path.name for path in tmp_path.iterdir()} == {"all", "swapped", "zeroed"}
-    about = {key: results["all"][key] for key in ("task", "data", "prompt", "blind", "likelihood", "decoding", "limit")}
+    about = {key: results["all"][key] for key in ("task", "data", "prompt", "blind", "likelihood", "decoding", "limit",
+                                                  "model", "dtype", "max_new_tokens")}
     kept = [json.dumps(about)] + [json.dumps({"n": n, "answer": f"kept {n}"}) for n in (3, 5)] + ['{"n": 7, "ans']
     (tmp_path / "part.0.0.jsonl").write_text("\n".join(kept))
     run("evaluate.py", *words, "--out", tmp_path / "part", "--submission", tmp_path / "submission.json", processes=2)
@@ -260,10 +262,13 @@ def test_evaluate(toy, base, tuned, tmp_path):
     assert [answer["answer"] for answer in part] == expected
     assert len(json.loads((tmp_path / "submission.json").read_text())) == 16
     (tmp_path / "part.0.0.jsonl").write_text(kept[0])
-    said = run("evaluate.py", *words, "--blind zeroed --out", tmp_path / "part", ok=False)
-    assert "holds answers to" in said and "remove it" in said
+    for other in ("--blind zeroed", ("--model", str(base))):
+        said = run("evaluate.py", *words, other, "--out", tmp_path / "part", ok=False)
+        assert "holds answers to" in said and "remove it" in said
     pope = ["--images", images, "--model", tuned, "--limit 2 --task pope --data", f"{held}_pope.json"]
-    assert "F1" in run("evaluate.py", *pope, f"{held}_pope.json")
+    shutil.copyfile(f"{held}_pope.json", tmp_path / "again.json")
+    assert "F1" in run("evaluate.py", *pope, tmp_path / "again.json", "--submission", tmp_path / "said.json")
+    assert (tmp_path / "said-again.json").is_file() and (tmp_path / "said-held_out_pope.json").is_file()
     run("evaluate.py", "--task statements --data", f"{held}_captions.json", "--images", toy / "eval", "--model", base,
         "--limit 2 --max-new-tokens 4")
     assert "no such picture" in run("evaluate.py", *pope, "--images", toy, ok=False)

@@ -13,7 +13,9 @@ COMMANDS = [words for line in LINES if len(words := shlex.split(line, comments=T
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_commands_are_understood(words):
+def test_commands_are_understood(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/toy").mkdir(parents=True)           # where results go must be there
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     importlib.import_module(words[at][:-3]).options().parse_args(words[at + 1:])
 

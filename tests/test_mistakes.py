@@ -1,0 +1,115 @@
+"""A user's mistakes end in one sentence, before any work is lost: the scripts' own main, with wrong words."""
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+import tiny
+from test_pipeline import base, log, pretrain, run, tokenizer, toy, tuned  # noqa: F401
+
+import command
+import data
+import evaluate
+import generate
+import pretrain as stage1
+import sft
+import train_tokenizer
+from generation import generate as continued
+from weights import UserError
+
+
+def said(main, words, monkeypatch, capsys):
+    """-> what a script prints on its way out"""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    assert end.value.code
+    return capsys.readouterr().err + str(end.value.code)
+
+
+@pytest.mark.parametrize("main, words, sentence", [
+    (stage1.main, "--batch 0", "--batch: 0: expected at least 1"),
+    (stage1.main, "--batch -4", "--batch: -4: expected at least 1"),
+    (stage1.main, "--keep 0", "--keep: 0: expected at least 1"),
+    (stage1.main, "--text-to-image 2", "expected at least 0 and at most 1"),
+    (stage1.main, "--betas 0.9 1", "--betas: 1: expected at least 0 and below 1"),
+    (stage1.main, "--steps many", "'many' is no whole number"),
+    (stage1.main, "--lr nan", "--lr: nan: expected at least 0"),
+    (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
+    (stage1.main, "--device gpu", "--device gpu: cannot be used"),
+    (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
+    (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
+    (evaluate.main, "--task mme --data nowhere", "nowhere is not there"),
+    (evaluate.main, "--task seed --data x --likelihood --prompt=", "does not go with --prompt ''"),
+    (generate.main, "--draw a --image b", "--image belongs to a question or a chat, not to --draw"),
+    (generate.main, "question --out x.png", "--out belongs to"),
+    (generate.main, "README.md", "the question is the name of a file"),
+    (generate.main, "--batch nowhere.jsonl", "nowhere"),
+    (data.main, "tests", "tests is a folder"),
+    (data.main, "{5..2}.tar", "stands for no file")])
+def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy):  # noqa: F811
+    words = words.split() + (["--llm", toy / "llama"] if main is data.main else [])
+    assert sentence in said(main, words, monkeypatch, capsys)
+
+
+def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    words = " ".join(map(str, pretrain)).split()
+    assert "it would be overwritten" in said(
+        train_tokenizer.main, ["--clip", toy / "clip", "--out", toy / "clip"], monkeypatch, capsys)
+    assert "it would be overwritten" in said(sft.main, ["--model", base, "--out", base], monkeypatch, capsys)
+    (tmp_path / "config.json").write_text("{}")
+    for more in ([], ["--resume"]):
+        assert "a model that this run would overwrite" in said(
+            stage1.main, [*words, "--out", tmp_path, *more], monkeypatch, capsys)
+
+
+def test_a_run_goes_on_as_what_it_was(toy, pretrain, base):  # noqa: F811
+    before = (base / "recipe.json").read_text()
+    for words, sentence in (("--no-bridge", "no_bridge False, now True"), ("--bridge-rank 4", "bridge_rank 8, now 4"),
+                            ("--steps 2", "this run has made 6 already")):
+        assert sentence in run("pretrain.py", *pretrain, "--resume --out", base, words, ok=False)
+    assert (base / "recipe.json").read_text() == before   # a run that was refused leaves nothing behind
+
+
+def test_a_duplicate_key_is_another_sample_and_gzip_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for n in range(3):
+            for ending in ("jpg", "txt"):
+                member = tarfile.TarInfo(f"k.{ending}")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"%d" % n))
+    sources = [data.open_source(tmp_path / "a.tar")]
+    assert [key for _, key, _ in data.list_shard(sources, (0, 0))] == ["k", "k #2", "k #3"]
+    (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(UserError, match="compressed"):
+        data.list_shard([data.open_source(tmp_path / "b.tar")], (0, 0))
+
+
+@pytest.mark.parametrize("value", [
+    {"images": [{"filename": "a.jpg", "sentences": [{"raw": "a"}], "split": "val"}]},
+    {"images": [{"filename": "a.jpg", "split": "train"}]}, [{"caption": "a"}, 5]])
+def test_captions_that_are_none(value, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match="a.json"):
+        data.open_source(tmp_path / "a.json")
+
+
+def test_swapped_is_another_picture():
+    items = [{"image": name} for name in "aaabbc"]
+    shown = [evaluate.another(items, n)["image"] for n in range(6)]
+    assert shown == list("bbbcca")
+    with pytest.raises(UserError, match="one picture"):
+        evaluate.another(items[:2], 0)
+
+
+def test_a_long_neighbour_does_not_cut_an_answer():
+    """Rows of a batch end where each would end alone"""
+    model = tiny.libra(max_position_embeddings=24)
+    long, short = tiny.text_ids(model.config, 20), tiny.text_ids(model.config, 5)
+    alone = [list(continued(model, [prompt], None, 15, stop=model.config.vocab_size - 1)) for prompt in (long, short)]
+    both = list(continued(model, [long, short], None, 15, stop=model.config.vocab_size - 1))
+    assert len(alone[0]) == 4 and len(both) == len(alone[1]) == 15
+    assert all((b[1] == a[0]).all() for a, b in zip(alone[1], both))
+    assert all((b[0] == a[0]).all() for a, b in zip(alone[0], both))
+    assert all((b[0] == model.config.vocab_size - 1).all() for b in both[4:])
