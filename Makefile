@@ -22,7 +22,7 @@ endif
 TOKENIZER = --steps 2600 --batch 16 --warmup 30 --lr 7e-4 --select-layers 1 3 --embed-dim 128 --codebook-size 256 \
 	--z-channels 128 --ch 32 --ch-mult 1 1 2 2 --num-res-blocks 0 --num-attn-heads 2 --attn-resolutions 7 \
 	--entropy-weight 1 --l2-weight 5 --clip-weight 1 --disc-start 2450 --disc-weight 0.2 --sample-every 500
-PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.35 --vision-down-ratio 1
+PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1
 SFT = --steps 1400 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 demo: $(VENV)/run
@@ -55,10 +55,10 @@ demo-seeds: demo
 	done
 	$(RUN) report.py --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
-# Table 3 at a third of the demo's steps, three seeds of eight rows: over two hours
+# Table 3 at a third of the demo's steps, three seeds of eight rows: over two hours on two cores
 ablate: demo
 	$(RUN) ablate.py --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
-		--pretrain "$(PRETRAIN) --steps 400 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
+		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
 
 # Speed and memory, as ratios; transformers is in the test environment
 bench: $(VENV)/test
