@@ -4,6 +4,7 @@
 """
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def run(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:                               # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:                              # a full disk, a file where a folder should be, no right to it
         sys.exit(f"error: {error.filename or 'the system says'}: {error.strerror or error}")
     except KeyboardInterrupt:
