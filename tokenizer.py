@@ -34,9 +34,10 @@ def open_image(source):
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
         image = upright(image)
-        if image.mode.startswith(("I", "F")):             # 16-bit grey, which PIL would clip at 255
+        if image.mode.startswith(("I", "F")):             # 16 bits, which PIL would clip at 255, or floats from 0 to 1
             grey = np.asarray(image, dtype=np.float32)
-            grey = grey * (255 / 65535) if grey.max() > 255 else grey
+            most = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() <= 1 else 255
+            grey = grey * (255 / most)
             image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
