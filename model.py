@@ -335,6 +335,8 @@ class Libra(nn.Module):
         """Table 3 (b): the sum over counted targets of the mean squared distance to the next token's E_c, normalised
         token by token; EOI has none, nor has an image whose E_c is left out."""
         rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
+        if signal is None:                                # text alone, or a drawing: nothing to come near to
+            signal = image.new_zeros(len(image), self.config.contiguous_signal_size)
         target = by_token(signal, len(image))[rows + 1].float()
         distance = self.vision_regression(image[rows]).float() - F.layer_norm(target, target.shape[-1:])
         return (distance.square().mean(-1) * target.any(-1)).sum()

@@ -235,6 +235,15 @@ def test_loss_is_one_mean_over_counted_tokens():
     assert (model.loss(streams, signal) - torch.stack(losses).mean()).abs() < 1e-5
 
 
+def test_text_alone_under_contiguous_targets():
+    """Table 3 (b) has nothing to regress there; the regression's gradient is zero, not none"""
+    model = tiny.libra(contiguous_targets=True)
+    streams = Streams.of([tiny.text_ids(model.config, 9)], model.config, counted=[torch.arange(9) > 0])
+    loss = model.loss(streams)
+    loss.backward()
+    assert 0 < loss < torch.inf and (model.vision_regression.weight.grad == 0).all()
+
+
 def test_discrete_only_ignores_the_signal():
     model, g = tiny.libra(discrete_only=True), torch.Generator().manual_seed(6)
     rows = [tiny.interleaved(model.config, 1, g)]
