@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from command import NATURAL, POSITIVE, TOY, Help, need, run
 from data import Recipe, loader, open_source
 from evaluate import evaluate
-from generate import attention, attention_difference, complete
+from generate import attention, attention_difference, complete, draw, reconstruct
 from model import Libra
 from report import completions, drawings, reconstructions
 from streams import Streams
@@ -177,31 +177,50 @@ def slug(name):
 
 
 def picture(args):
-    """Fig. 3a: pictures completed with and without bridge; Fig. 4b, c: attention differences with and without expert"""
-    page, font = Image.new("RGB", (1000, 760), "white"), ImageFont.load_default(14)
+    """Fig. 3a: completed and drawn with and without bridge; Fig. 2: what comes back through LFQ and through learned
+    tables; Fig. 4b, c: attention differences with and without expert"""
+    page, font = Image.new("RGB", (1000, 1160), "white"), ImageFont.load_default(14)
     pen, y = ImageDraw.Draw(page), 10
     files = [args.toy / "eval/images" / f"{n:012d}.png" for n in range(2, 10)]
+    given = [open_image(file) for file in files]
+    words = [f"a large {colour} {shape} in the {place}" for place in ("top left", "bottom right")
+             for colour, shape in (("red", "circle"), ("blue", "square"), ("green", "triangle"), ("yellow", "circle"))]
+
+    def strip(title, *rows):
+        nonlocal y
+        pen.text((10, y), title, "black", font)
+        for m, row in enumerate(rows):
+            for n, one in enumerate(row):
+                page.paste(one.resize((80, 80)), (10 + n * 122, y + 20 + m * 82))
+        y += 30 + 82 * len(rows)
     for name in ("Libra", "(e) no bridge"):
         folder = args.out / f"{slug(name)}-{args.seeds[0]}" / "pretrain"
         if (folder / "model.safetensors").exists():
-            pen.text((10, y), f"completed from the upper three of seven rows: {name}", "black", font)
-            drawn = complete(Libra.from_pretrained(folder).eval(), files, 3, temperature=0.3, seed=0)
-            for n, pair in enumerate(zip(map(open_image, files), drawn)):
-                for m, one in enumerate(pair):
-                    page.paste(one.resize((100, 100)), (10 + n * 120, y + 22 + m * 102))
-            y += 240
+            model = Libra.from_pretrained(folder).eval()
+            strip(f"{name}: completed from the upper three of seven rows", given, complete(model, files, 3))
+            strip(f"{name}: {words[0]}, blue square, green triangle, yellow circle; the same in the bottom right",
+                  draw(model, words))
+    eyes = [path for path in (args.toy / "tokenizer", args.out / "tokenizer-vq") if path.exists()]
+    strip("reconstructed: given, through LFQ, through learned tables", given, *(
+        [reconstruct_one(eye, file) for file in files] for eye in map(ImageTokenizer.from_pretrained, eyes)))
     for which, title in enumerate(("cross-layer attention difference", "inner-layer attention difference")):
-        left = 20 + which * 490
+        left, curves = 20 + which * 490, {}
+        for name in ("Libra", "(d) no expert"):
+            if found := [result["differences"][which] for result in results_of(args, name)]:
+                curves[name] = np.mean(found, axis=0)
         pen.text((left, y), title, "black", font)
-        for name, ink in (("Libra", "blue"), ("(d) no expert", "red")):
-            curves = np.array([result["differences"][which] for result in results_of(args, name)])
-            if len(curves):
-                mean, n = curves.mean(0), curves.shape[1]
-                points = [(left + i * 420 / max(1, n - 1), y + 220 - 190 * v / max(1e-9, 1.3 * curves.max()))
-                          for i, v in enumerate(mean)]
-                pen.line(points, ink, 3)
-                pen.text((left + (0 if ink == "blue" else 120), y + 224), name, ink, font)
-    page.save(args.out / "ablation.png")
+        for (name, mean), ink, at in zip(curves.items(), ("blue", "red"), (0, 120)):
+            points = [(left + i * 420 / max(1, len(mean) - 1), y + 170 - 140 * v / max(map(max, curves.values())))
+                      for i, v in enumerate(mean)]
+            pen.line(points, ink, 3)
+            pen.text((left + at, y + 180), name, ink, font)
+    page.crop((0, 0, 1000, y + 205)).save(args.out / "ablation.png")
+
+
+def reconstruct_one(tokenizer, file):
+    """The right half of generate.py --reconstruct"""
+    both = reconstruct(tokenizer, file)[0]
+    return both.crop((both.width // 2, 0, both.width, both.height))
 
 
 def row(args, seed, name):
@@ -212,7 +231,7 @@ def row(args, seed, name):
     measure(args, name, seed, folder, (time.time() - began) / 60)
 
 
-def reconstruct(args, name):
+def reconstruction(args, name):
     """Fig. 2: what comes back of pictures through one quantizer"""
     tokens = ImageTokenizer.from_pretrained(args.toy / "tokenizer" if name == "lfq" else args.out / f"tokenizer-{name}")
     write_json(args.out / f"reconstruction-{name}.json", reconstructions(
@@ -228,7 +247,7 @@ def work(args):
         if row in wanted or row is None and not args.rows]
     rows = [partial(row, args, seed, name) for seed in args.seeds for name in wanted
             if not (args.out / f"{slug(name)}-{seed}" / "result.json").exists()]
-    pictures = [] if args.rows else [partial(reconstruct, args, name) for name in ("lfq", "vq")]
+    pictures = [] if args.rows else [partial(reconstruction, args, name) for name in ("lfq", "vq")]
     if "(c) 6 % of the data" in wanted:
         few(args.toy, args.out, 0.06)
     for tasks in (tokenizers, rows + pictures):
