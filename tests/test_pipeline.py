@@ -358,9 +358,9 @@ def test_the_report_judges_itself(toy, base, tuned):
 
 
 def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
-    """Two rows of Table 3, trained, measured, in a table and a picture; a second call finds all of it there"""
+    """Three rows of Table 3, trained, measured, in a table and a picture; a second call finds all of it there"""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("pretrain", "sft", "checkpoint*"))
-    words = ["--toy", tmp_path / "toy", "--out", tmp_path / "ablation", "--seeds 0 --rows libra d --limit 23"]
+    words = ["--toy", tmp_path / "toy", "--out", tmp_path / "ablation", "--seeds 0 --rows libra b d --limit 23"]
     for _ in range(2):
         said = run("ablate.py", *words, ("--pretrain=--steps 2 --batch 4 --warmup 1",),
                    ("--sft=--steps 2 --batch 4",))
@@ -368,7 +368,7 @@ def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
         assert rows["Libra"].split("|")[2].strip() == "1" and rows["(e) no bridge"].split("|")[2].strip() == "0"
     result = json.loads((tmp_path / "ablation/d-0/result.json").read_text())
     assert len(result["differences"][0]) == 4 and result["text perplexity"] > 1 and result["image loss"] > 1
-    assert Image.open(tmp_path / "ablation/ablation.png").size == (1000, 760)
+    assert Image.open(tmp_path / "ablation/ablation.png").width == 1000
 
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
