@@ -27,11 +27,11 @@ from PIL import Image, ImageDraw, ImageFont
 from command import NATURAL, POSITIVE, TOY, Help, need, run
 from data import Recipe, loader, open_source
 from evaluate import evaluate
-from generate import attention, attention_difference, complete, draw, reconstruct
+from generate import attention, attention_difference, complete, draw
 from model import Libra
 from report import completions, drawings, reconstructions
 from streams import Streams
-from tokenizer import ImageTokenizer, open_image
+from tokenizer import ImageTokenizer, open_image, prepare, to_picture
 from toy import training_text
 from weights import UserError, read_json, write_json
 from world import DESCRIBE, scenes
@@ -202,7 +202,7 @@ def picture(args):
                   draw(model, words))
     eyes = [path for path in (args.toy / "tokenizer", args.out / "tokenizer-vq") if path.exists()]
     strip("reconstructed: given, through LFQ, through learned tables", given, *(
-        [reconstruct_one(eye, file) for file in files] for eye in map(ImageTokenizer.from_pretrained, eyes)))
+        there_and_back(eye, given) for eye in map(ImageTokenizer.from_pretrained, eyes)))
     for which, title in enumerate(("cross-layer attention difference", "inner-layer attention difference")):
         left, curves = 20 + which * 490, {}
         for name in ("Libra", "(d) no expert"):
@@ -217,10 +217,11 @@ def picture(args):
     page.crop((0, 0, 1000, y + 205)).save(args.out / "ablation.png")
 
 
-def reconstruct_one(tokenizer, file):
-    """The right half of generate.py --reconstruct"""
-    both = reconstruct(tokenizer, file)[0]
-    return both.crop((both.width // 2, 0, both.width, both.height))
+@torch.no_grad()
+def there_and_back(tokenizer, pictures):
+    """Pictures -> ids -> pictures"""
+    pixels = torch.stack([prepare(picture, tokenizer.config.resolution, square=False) for picture in pictures])
+    return [to_picture(rgb) for rgb in tokenizer.decode(tokenizer.encode(pixels)[0])]
 
 
 def row(args, seed, name):

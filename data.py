@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import POSITIVE, run
+from command import POSITIVE, Help, run
 from config import LibraConfig
 from streams import Streams
 from text import IMG, Text, cut, spell_out
@@ -457,7 +457,7 @@ def label(text, ids, counted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=check.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=check.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=".", help="what image paths in JSON files are relative to")
     parser.add_argument("--llm", metavar="DIR", default="runs/toy/llama", help="folder with tokenizer.model")

@@ -111,8 +111,9 @@ def refuse(args):
                         "another folder, remove it, or give --resume where there are checkpoints to go on from")
 
 
-def save_recipe(args, world, start):
-    """Print the resolved options and keep them beside the weights. start: the step the run goes on from"""
+def begin(args, world, start):
+    """Nothing can be refused any more but a run that is past its end: print the resolved options and keep them beside
+    the weights. start: the step the run goes on from"""
     if start > args.steps and not args.export:
         raise UserError(f"--steps {args.steps}, but this run has made {start} already; --export writes its model")
     if world.first:

@@ -157,12 +157,14 @@ def kept(keep, about):
     return answers
 
 
+def look(model, images, zeroed):
+    """-> codes, signal of the pictures; zeroed: all of it zero, for a model that must answer blind"""
+    return tuple(torch.zeros_like(x) if zeroed else x for x in see(model, images))
+
+
 def prompts_of(model, questions, images, zeroed=False):
     """-> prompts as generate takes them, signal. '' continues the picture as pretraining does."""
-    text = model.tokenizers.text
-    codes, signal = see(model, images)
-    if zeroed:
-        codes, signal = torch.zeros_like(codes), torch.zeros_like(signal)
+    text, (codes, signal) = model.tokenizers.text, look(model, images, zeroed)
     rows = [text.chat([(question, 1, None)])[0] if question else [text.bos, IMG, text.newline]
             for question in questions]
     return [spell_out(ids, [0] * len(ids), [code], model.config)[0] for ids, code in zip(rows, codes)], signal
@@ -179,9 +181,7 @@ def reply(model, questions, images, zeroed=False, max_new_tokens=128):
 @torch.inference_mode()
 def likeliest(model, questions, images, choices, zeroed=False):
     """For each question the letter of the choice whose text has the least mean loss as the answer"""
-    letters, (codes, signal) = [], see(model, images)
-    if zeroed:
-        codes, signal = torch.zeros_like(codes), torch.zeros_like(signal)
+    letters, (codes, signal) = [], look(model, images, zeroed)
     for question, code, seen, some in zip(questions, codes, signal, choices):
         if not some:
             raise UserError("--likelihood needs a benchmark with choices")

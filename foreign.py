@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from command import run
+from command import Help, run
 from weights import write_json
 
 FINE = 4                                                  # drawn four times as large, then scaled down
@@ -63,8 +63,8 @@ def paint(things, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy/foreign"), help="folder (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy/foreign"), help="folder")
     args = parser.parse_args()
     (args.out / "images").mkdir(parents=True, exist_ok=True)
     asked, answers = [], []

@@ -70,17 +70,8 @@ def main():
     args = options().parse_args()
     jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption")
             if getattr(args, name) is not None]
-    if len(jobs) + (args.question is not None) > 1:
-        raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
-                        + " and a question" * (args.question is not None))
     refuse(args, jobs)
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
-    if args.attention and (args.question is None or len(args.image) != 1):
-        raise UserError(f"--attention looks at one --image while a question is answered; there are {len(args.image)} "
-                        f"images and {'no' if args.question is None else 'a'} question")
-    if args.raw and (args.attention or args.question is None and args.batch is None):
-        raise UserError("--raw continues a question, or those of --batch, without a template; a chat and --attention "
-                        "need one")
     if args.temperature is None:
         args.temperature = 1.0 if args.draw is not None or args.complete is not None else 0.0
     device = engine.usable(args.device)
@@ -110,7 +101,16 @@ def main():
 
 
 def refuse(args, jobs):
-    """Options that the job at hand would not heed"""
+    """Options that do not go together, or that the job at hand would not heed"""
+    if len(jobs) + (args.question is not None) > 1:
+        raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
+                        + " and a question" * (args.question is not None))
+    if args.attention and (args.question is None or len(args.image) != 1):
+        raise UserError(f"--attention looks at one --image while a question is answered; there are {len(args.image)} "
+                        f"images and {'no' if args.question is None else 'a'} question")
+    if args.raw and (args.attention or args.question is None and args.batch is None):
+        raise UserError("--raw continues a question, or those of --batch, without a template; a chat and --attention "
+                        "need one")
     job = f"--{jobs[0]}" if jobs else "a question" if args.question is not None else "a chat"
     heeded = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
               "json": ("a question",), "rows": ("--complete",), "verbose": ("a question",)}

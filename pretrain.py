@@ -85,7 +85,7 @@ def train(args, world, model, recipe):
     start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    engine.save_recipe(args, world, start)
+    engine.begin(args, world, start)
     log, stop, bad = engine.Log(out, args, world), Stop(world), engine.BadSamples(out, args.max_bad, world)
     peak, flops = engine.peak(args, world), plan.flops_of(model, model.tokenizers.image.config)
     batches, passes = iter(batches), args.batch // args.micro_batch // world.size

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import world
-from command import POSITIVE, SEED, run
+from command import POSITIVE, SEED, Help, run
 from config import LibraConfig
 from model import Libra
 from streams import Streams
@@ -279,17 +279,17 @@ def stage(folder, make):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the world (default: %(default)s)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of everything (default: 0)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the world")
+    parser.add_argument("--seed", type=SEED, default=0, help="of everything")
     parser.add_argument("--captions", type=POSITIVE, default=12_000,
-                        help="pictures with captions (default: %(default)s)")
+                        help="pictures with captions")
     parser.add_argument("--chats", type=POSITIVE, default=12_000,
-                        help="pictures with conversations (default: %(default)s)")
-    parser.add_argument("--questions", type=POSITIVE, default=2_000, help="held-out questions (default: %(default)s)")
+                        help="pictures with conversations")
+    parser.add_argument("--questions", type=POSITIVE, default=2_000, help="held-out questions")
     parser.add_argument("--llama-steps", type=POSITIVE, default=1_700,
-                        help="updates of the LLaMA (default: %(default)s)")
-    parser.add_argument("--clip-steps", type=POSITIVE, default=600, help="updates of the CLIP (default: %(default)s)")
+                        help="updates of the LLaMA")
+    parser.add_argument("--clip-steps", type=POSITIVE, default=600, help="updates of the CLIP")
     args = parser.parse_args()
 
     def chats(folder):

@@ -294,7 +294,7 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
     batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
                             args.workers, state, world.device.type == "cuda")
-    engine.save_recipe(args, world, start)
+    engine.begin(args, world, start)
     log, stop, bad = engine.Log(out, args, world), Stop(world), engine.BadSamples(out, args.max_bad, world)
     batches, passes = iter(batches), args.batch // args.micro_batch // world.size
     for step in range(start, start if args.export else args.steps):
