@@ -48,7 +48,10 @@ def said(main, words, monkeypatch, capsys):
     (generate.main, "--batch nowhere.jsonl", "nowhere"),
     (data.main, "tests", "tests is a folder"),
     (data.main, "{5..2}.tar", "stands for no file")])
-def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy):  # noqa: F811
+def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):  # noqa: F811
+    monkeypatch.chdir(tmp_path)                           # with no runs/ of earlier days
+    (tmp_path / "README.md").touch()
+    (tmp_path / "tests").mkdir()
     words = words.split() + (["--llm", toy / "llama"] if main is data.main else [])
     assert sentence in said(main, words, monkeypatch, capsys)
 
