@@ -45,9 +45,10 @@ def routed_attention(q, views, streams, mask=None):
     if len(views) == 1:
         (k, v), = views.values()
         return causal_attention(q, k, v, mask)
+    if torch.compiler.is_compiling():
+        return traced_attention(q, views, streams)
     if sum(len(cuts) for _, cuts in streams.groups) > MOST_CALLS:
-        text, image = (causal_attention(q, *views[m], mask) for m in (TEXT, IMAGE))
-        return torch.where(streams.is_image[:, None, :, None], image, text)
+        return twice(q, views, streams, mask)
     keys = views[TEXT][0].shape[2]
     out = []
     for rows, cuts in streams.groups:
@@ -64,6 +65,23 @@ def routed_attention(q, views, streams, mask=None):
     return torch.cat(out)[torch.cat([rows for rows, _ in streams.groups]).argsort()]
 
 
+def twice(q, views, streams, mask=None):
+    """Every query over both views, the one of its modality taken: for any order, at twice the cost"""
+    text, image = (causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
+    return torch.where(streams.is_image[:, None, :, None], image, text)
+
+
+def traced_attention(q, views, streams):
+    """routed_attention as torch.compile reads it, where each new list of stretches would be a new graph: one for the
+    usual rows of text, an image and text, at routed_attention's cost, and one for all others."""
+    if not streams.usual:
+        return twice(q, views, streams)
+    start, end = streams.spans[IMAGE][0]
+    image = causal_attention(*(t[:, :, :end] for t in (q, *views[IMAGE])))
+    text = causal_attention(torch.cat((q[:, :, :start], q[:, :, end:]), dim=2), *views[TEXT], streams.seen)
+    return torch.cat((text[:, :, :start], image[:, :, start:], text[:, :, start:]), dim=2)
+
+
 MOST_CALLS = 32    # beyond it two calls over everything are faster than many short ones
 
 
@@ -74,8 +92,8 @@ def causal_attention(q, k, v, mask=None):
     # CUDA's fast kernels take grouped heads or a mask, not both
     if q.is_cuda and q.shape[1] != k.shape[1] and (mask is not None or 1 < many < keys):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
-    if many == 1:
+    gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    if many == 1 or mask is not None:
         return F.scaled_dot_product_attention(q, k, v, mask, **gqa)
     if many == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)

@@ -197,7 +197,7 @@ def distribute(model, blocks, args, world):
     type. blocks: the layers, which zero and fsdp gather one at a time. -> what to call in training"""
     if args.compile:
         for block in blocks:
-            block.compile(dynamic=True)
+            block.compile()                               # sizes that change from batch to batch are left open
     if args.engine == "ddp":
         settle(model, world)
         return replicate(model, world)

@@ -171,7 +171,6 @@ class Attention(nn.Module):
             q[asking] = q[asking] + 0 * (k_bridge(x[asking][:0]).sum() + v_bridge(x[asking][:0]).sum())
         return route(self, "o_proj", self.meet(q, views, streams, rope, cache, layer))
 
-    @torch.compiler.disable                               # its shapes differ from batch to batch: nothing to compile
     def meet(self, q, views, streams, rope, cache, layer):
         """Both modalities in sequence order: RoPE, the cache, attention. -> [(n_text, .), (n_image, .)]"""
         def heads(pair):                                                                      # -> (B, H, L, d)
@@ -299,10 +298,12 @@ class Libra(nn.Module):
         positions = start + torch.arange(streams.length, device=streams.is_image.device)
         rope = rope_table(self.config, positions, self.lm_head.weight.dtype)
         for layer, block in enumerate(self.model.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():   # only x is kept
+            if cache is not None:
+                x = block(x, streams, rope, cache, layer)
+            elif self.checkpoint_activations and torch.is_grad_enabled():                     # only x is kept
                 x = checkpoint(block, x, streams, rope, use_reentrant=False)
             else:
-                x = block(x, streams, rope, cache, layer)
+                x = block(x, streams, rope)
         return route(self.model, "norm", x)
 
     def logits(self, streams, signal=None):

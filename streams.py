@@ -30,6 +30,19 @@ class Streams:
     text_rows: torch.Tensor     # (m_text,) text tokens that predict a counted target: the next row of text_ids
     image_rows: torch.Tensor    # (m_image,) image tokens that do: their target is the next row of image_ids
 
+    def __post_init__(self):
+        """What every layer asks. whole: no padding. spans: for each modality its stretches where all rows have the same
+        (those of images in all of pretraining), else None. usual: all rows are text, an image, text, cut alike; then
+        seen (text positions, L) bool: the keys that their queries see, for compiled layers."""
+        rows, cuts = self.groups[0]
+        self.whole = sum(self.lengths) == len(self.lengths) * self.length
+        self.spans = [[(start, end) for kind, start, end in cuts if kind == modality] if alike else None
+                      for modality, alike in ((TEXT, rows is None and self.whole), (IMAGE, rows is None))]
+        self.usual = rows is None and [kind for kind, _, _ in cuts] == [TEXT, IMAGE, TEXT]
+        if self.usual:
+            at = torch.arange(self.length, device=self.is_image.device)
+            self.seen = at <= torch.cat([at[start:end] for kind, start, end in cuts if kind == TEXT])[:, None]
+
     @classmethod
     def of(cls, ids, config, mask=None, counted=None):
         """ids: a list of (l, K) tensors, or one padded (B, L, K) with mask (B, L), 1 = real, padded on any side.
@@ -66,7 +79,7 @@ class Streams:
         text, image = streams
         if image is None and len(self.text_at) == len(self.lengths) * self.length:
             return text.view(len(self.lengths), self.length, -1)
-        return Join.apply(text, image, self.places())
+        return Join.apply(text, image, *self.is_image.shape, self.places())
 
     def split(self, x, like):
         """(B, L, W) -> [(n_text, W), (n_image, W)]; None where `like` is"""
@@ -75,14 +88,10 @@ class Streams:
         return list(Split.apply(x, self.places(), *(y is not None for y in like)))
 
     def places(self):
-        """Where the streams' tokens stand in (B, L): for each modality its stretches where all rows have the same
-        (those of images in all of pretraining), else an index."""
-        rows, cuts = self.groups[0]
-        whole = len(self.text_at) + len(self.image_at) == len(self.lengths) * self.length     # no padding
-        alike = rows is None and whole, rows is None
-        spans = [[(start, end) for kind, start, end in cuts if kind == modality] if alike[modality] else None
-                 for modality in (TEXT, IMAGE)]
-        return len(self.lengths), self.length, whole, list(zip(spans, (self.text_at, self.image_at)))
+        """Where the streams' tokens stand in (B, L): for each modality its spans, else an index. A compiled layer knows
+        the usual cut and, for all others, the index: each new list of spans would be a new graph."""
+        known = self.usual or not torch.compiler.is_compiling()
+        return self.whole and known, list(zip(self.spans if known else (None, None), (self.text_at, self.image_at)))
 
     def with_images(self, codes):
         """Fill in the ids of whole images, (n_images, G*G, K), on the device they were computed on."""
@@ -97,14 +106,14 @@ class Streams:
         return replace(self, groups=groups, **moved)
 
 
-def put_together(streams, places):
+def put_together(streams, rows, length, places):
     """[(n_text, W), (n_image, W)] or None for one -> (B, L, W), zero where nothing stands"""
-    rows, length, whole, at = places
-    some = max((x for x in streams if x is not None), key=len)
-    if len(some) == rows * length:
-        return some.view(rows, length, -1)                # all of one modality: nothing to put together
-    both = (some.new_empty if whole and all(x is not None for x in streams) else some.new_zeros)(
-        rows, length, some.shape[1])
+    whole, at = places
+    some = [x for x in streams if x is not None]
+    for x in some:
+        if len(x) == rows * length:
+            return x.view(rows, length, -1)               # all of one modality: nothing to put together
+    both = (x.new_empty if whole and len(some) == 2 else x.new_zeros)(rows, length, x.shape[1])
     for x, (spans, index) in zip(streams, at):
         if x is not None and spans is None:
             both.view(rows * length, -1).index_copy_(0, index, x)
@@ -118,7 +127,7 @@ def put_together(streams, places):
 def take_apart(x, places, wanted):
     """The way back: (B, L, W) -> for each modality (n, W), None where it is not wanted"""
     parts = []
-    for want, (spans, index) in zip(wanted, places[3]):
+    for want, (spans, index) in zip(wanted, places[1]):
         if not want:
             parts.append(None)
         elif spans is None:
@@ -134,24 +143,24 @@ class Join(torch.autograd.Function):
     would add up what nothing is added to."""
 
     @staticmethod
-    def forward(ctx, text, image, places):
+    def forward(ctx, text, image, rows, length, places):
         ctx.places, ctx.has = places, (text is not None, image is not None)
-        return put_together((text, image), places)
+        return put_together((text, image), rows, length, places)
 
     @staticmethod
     def backward(ctx, gradient):
-        return *take_apart(gradient, ctx.places, ctx.has), None
+        return *take_apart(gradient, ctx.places, ctx.has), None, None, None
 
 
 class Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, places, *wanted):
-        ctx.places = places
+        ctx.places, ctx.shape = places, x.shape[:2]
         return take_apart(x, places, wanted)
 
     @staticmethod
     def backward(ctx, *gradients):
-        return put_together(gradients, ctx.places), None, None, None
+        return put_together(gradients, *ctx.shape, ctx.places), None, None, None
 
 
 def predictors(counted, image, lengths):
