@@ -242,7 +242,7 @@ def reconstruction(args, name):
 def work(args):
     """Everything that is not there yet, several things beside each other"""
     wanted = [name for name in ROWS if not args.rows or slug(name) in args.rows]
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))     # of all it starts
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))        # of all it starts
     tokenizers = [partial(tokenizer, args, name, words) for name, words, row in (
         ("scratch", "--encoder scratch --clip-weight 0", "(g) encoder from scratch"), ("vq", "--quantizer vq", None))
         if row in wanted or row is None and not args.rows]
