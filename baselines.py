@@ -41,12 +41,14 @@ def products_of(*models):
 def alone(like, seen, backward, multiply=None):
     """-> a function that runs these products, each forward and, where training needs them, its two gradients, on
     buffers of the device and type of `like`. multiply(x, weight): instead of torch's mm"""
-    empty, runs = {}, []
+    buffers, runs = {}, []
 
-    def buffer(*shape):
-        if shape not in empty:
-            empty[shape] = torch.randn(shape, device=like.device, dtype=like.dtype)
-        return empty[shape]
+    def buffer(*shape, result=False):
+        """A result is never read: products of products fade into numbers so small that some CPUs take six times as
+        long over them."""
+        if (shape, result) not in buffers:
+            buffers[shape, result] = torch.randn(shape, device=like.device, dtype=like.dtype)
+        return buffers[shape, result]
     for weight, shape, needs, conv in seen:
         w = weight.detach()
         if not math.prod(shape):
@@ -56,16 +58,17 @@ def alone(like, seen, backward, multiply=None):
             runs.append(lambda x=x, w=w, c=conv: F.conv2d(x, w, None, c.stride, c.padding))
             continue
         rows = math.prod(shape[:-1])
-        x, y = buffer(rows, shape[-1]), buffer(rows, len(w))
+        x, dy = buffer(rows, shape[-1]), buffer(rows, len(w))
+        dx, y = (buffer(*t.shape, result=True) for t in (x, dy))
         if multiply:
             runs.append(lambda x=x, w=w: multiply(x, w))
         else:
             runs.append(lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y))
         if backward and needs:
-            runs.append(lambda x=x, w=w, y=y: torch.mm(y, w, out=x))
+            runs.append(lambda dy=dy, w=w, dx=dx: torch.mm(dy, w, out=dx))
         if backward and weight.requires_grad:
-            dw = buffer(*w.shape)
-            runs.append(lambda x=x, y=y, dw=dw: torch.mm(y.t(), x, out=dw))
+            dw = buffer(*w.shape, result=True)
+            runs.append(lambda x=x, dy=dy, dw=dw: torch.mm(dy.t(), x, out=dw))
 
     @torch.no_grad()
     def run():

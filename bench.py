@@ -199,6 +199,24 @@ def train_rows(bench, size):
             print("| attention runs on | " + ", ".join(name[:80] for name in bench.rows[-1]["kernels"]) + " |")
 
 
+def compile_rows(bench, size):
+    """(a) once more, with the layers compiled as --compile does"""
+    model = bench.model(size, frozen=True)
+    rows, length, images = LAYOUTS.get(size, [(2, 640, 1)])[0]
+    ours = step(model, partial(model, *batch(bench, model.config, rows, length, images)))
+    alone = limit(model, ours, rows, length)
+    for block in model.model.layers:
+        block.compile()
+
+    def plain():
+        with torch.compiler.set_stance("force_eager"):
+            ours()
+    bench.row(f"training step compiled, B {rows}, L {length}, {several(images)}", size,
+              {"ours": ours, "the same, not compiled": plain,
+               "limit (products, one causal attention)": alone},
+              rows * length, "tokens/s", memory=bench.memory)
+
+
 def kernels(bench, f):
     """The attention kernels that a call starts on the GPU"""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -442,7 +460,7 @@ def whole_row(bench, size, model, world, source, micro):
 
 
 ROWS = {"train": train_rows, "text": text_rows, "prefill": prefill_rows, "decode": decode_rows, "growth": growth_rows,
-        "tokenizer": tokenizer_rows, "data": data_rows, "whole": whole_rows}
+        "tokenizer": tokenizer_rows, "data": data_rows, "compile": compile_rows, "whole": whole_rows}
 
 
 def options():
@@ -466,7 +484,8 @@ def main():
         torch.set_num_threads(args.threads)
     bench = Bench("cuda", torch.bfloat16, args.repeat) if args.gpu else Bench(repeat=args.repeat)
     bench.memory = not args.no_memory
-    plan = {row: GPU_SIZES.get(row, ()) if args.gpu else CPU_SIZES[row] for row in args.rows or ROWS}
+    usual = GPU_SIZES if args.gpu else [row for row in ROWS if row not in ("compile", "whole")]
+    plan = {row: (GPU_SIZES if args.gpu else CPU_SIZES).get(row, ("small",)) for row in args.rows or usual}
     print(f"{machine(bench)}\n\n{HEAD}")
     for row, sizes in plan.items():
         for size in args.sizes or sizes:
@@ -484,9 +503,10 @@ def machine(bench):
 
 
 CPU_SIZES = {"train": ("tiny", "small", "layer"), "text": ("small",), "prefill": ("small",),
-             "decode": ("small", "medium"), "growth": ("small",), "tokenizer": ("tiny",), "data": ("any",), "whole": ()}
+             "decode": ("small", "medium"), "growth": ("small",), "tokenizer": ("tiny",), "data": ("any",),
+             "compile": ("small",), "whole": ("tiny",)}
 GPU_SIZES = {"train": ("medium", "layer"), "text": ("layer",), "prefill": ("full",), "decode": ("full",),
-             "tokenizer": ("full",), "whole": ("full",)}
+             "tokenizer": ("full",), "compile": ("medium", "layer"), "whole": ("full",)}
 
 if __name__ == "__main__":
     run(main)
