@@ -2,6 +2,7 @@
 
     python bench.py                                  # the CPU's rows (`make bench`), minutes
     python bench.py --rows decode --sizes medium     # some of them
+    python bench.py --rows compile                   # a training step with its layers compiled
     python bench.py --gpu                            # one GPU: the full 11.3 B model in bfloat16
 
 No machine is idle enough for absolute numbers: the sides of a row run in turn, several times, and the row gives the
@@ -13,7 +14,6 @@ import gc
 import io
 import json
 import platform
-import statistics
 import tarfile
 import tempfile
 import time
@@ -32,8 +32,10 @@ from command import NATURAL, POSITIVE, Help, run, target
 from config import LibraConfig
 from data import Recipe, loader, open_source
 from generation import generate
-from model import Libra, Tokenizers, product
+from measure import HEAD, Bench
+from model import Libra, Tokenizers
 from plan import CLIP_L, flops_of
+from products import product
 from streams import Streams
 from text import IMG, Text, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -50,106 +52,18 @@ SIZES = {
     "full": {}}
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- what is measured
 
-class Bench:
-    """Where and how often to measure; collects the rows."""
-
-    def __init__(self, device="cpu", dtype=torch.float32, repeat=5):
-        self.device, self.dtype, self.repeat, self.rows = torch.device(device), dtype, repeat, []
-
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, f):
-        self.wait()
-        began = time.perf_counter()
-        result = f()
-        self.wait()
-        return result if isinstance(result, float) else time.perf_counter() - began
-
-    def row(self, name, size, sides, work=None, unit="s", memory=True, repeat=0, **more):
-        """sides: {name: function}, ours first; each is timed in turn, `repeat` times, after one warm-up. A function may
-        return the seconds itself. work: what one call does, in `unit`. Prints and keeps one row for each other side."""
-        peaks = {side: self.peak(f) for side, f in sides.items()} if memory else {}
-        if not memory:
-            for f in sides.values():
-                f()
-        times = {side: [] for side in sides}
-        for _ in range(repeat or self.repeat):
-            for side, f in sides.items():
-                times[side].append(self.seconds(f))
-        ours, *others = sides
-        for other in others or [None]:
-            row = {"row": name, "size": size, "seconds": statistics.median(times[ours]), **more}
-            if work:
-                row |= {unit: work / row["seconds"]}
-            if other:
-                ratios = sorted(b / a for a, b in zip(times[ours], times[other]))
-                row |= {"against": other, "its seconds": statistics.median(times[other]),
-                        "times as fast": statistics.median(ratios), "spread": [ratios[0], ratios[-1]]}
-            if memory:
-                row |= {"GB": peaks[ours] / 1e9} | ({"its GB": peaks[other] / 1e9} if other else {})
-            self.rows.append(row)
-            print(line(row), flush=True)
-        return statistics.median(times[ours])
-
-    def peak(self, f):
-        """Bytes that a call takes above what is there before it, at the most; also its warm-up"""
-        gc.collect()
-        if self.device.type == "cuda":
-            f()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            f()
-            self.wait()
-            return torch.cuda.max_memory_allocated() - before
-        f()
-        before = resident("VmRSS", forget=True)
-        f()
-        return max(0, resident("VmHWM") - before)
-
-    def model(self, size, frozen=False, **changes):
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = Libra(LibraConfig(**SIZES[size] | changes))
-        model.to(self.dtype).to_empty(device=self.device)
-        for p in model.parameters():
-            nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.02)
-        for module in model.llama() if frozen else []:
-            module.requires_grad_(False)
-        return model
-
-
-def resident(field, forget=False):
-    """Bytes of this process in memory now (VmRSS) or at the most (VmHWM) since the last `forget`"""
-    if forget:
-        try:
-            import ctypes
-            ctypes.CDLL("libc.so.6").malloc_trim(0)       # what was freed goes back to the system first
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            raise UserError("peak memory on a CPU is read from Linux's /proc, which this machine lacks: leave it out "
-                            "with --no-memory") from None
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(field + ":")[1].split()[0]) * 1024
-
-
-def line(row):
-    """| a row | of the table |"""
-    def number(key, form):
-        return format(row[key], form) if key in row else ""
-    rate = next((f"{row[unit]:,.1f} {unit}" for unit in row if unit.endswith("/s")), "")
-    spread = f" ({row['spread'][0]:.2f}-{row['spread'][1]:.2f})" if "spread" in row else ""
-    memory = " / ".join(f"{row[key]:.2f}" for key in ("GB", "its GB") if key in row)
-    cells = (row["row"], row["size"], number("seconds", ".4g"), rate, row.get("against", ""),
-             number("its seconds", ".4g"), number("times as fast", ".2f") + spread, memory)
-    return "| " + " | ".join(cells) + " |"
-
-
-HEAD = ("| what | size | seconds | rate | against | its seconds | times as fast (spread) | GB more at the peak |\n"
-        "|---|---|---|---|---|---|---|---|")
+def model_of(bench, size, frozen=False, **changes):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Libra(LibraConfig(**SIZES[size] | changes))
+    model.to(bench.dtype).to_empty(device=bench.device)
+    for p in model.parameters():
+        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.02)
+    for module in model.llama() if frozen else []:
+        module.requires_grad_(False)
+    return model
 
 
 def sequence(config, length, images=1, seed=0):
@@ -185,7 +99,7 @@ def step(model, forward):
 
 def train_rows(bench, size):
     """(a) against the limit, (b) against the authors' way: a pretraining step, LLaMA frozen"""
-    model = bench.model(size, frozen=True)
+    model = model_of(bench, size, frozen=True)
     for rows, length, images in LAYOUTS.get(size, [(2, 640, 1)]):
         what = batch(bench, model.config, rows, length, images)
         ours = step(model, partial(model, *what))
@@ -201,7 +115,7 @@ def train_rows(bench, size):
 
 def compile_rows(bench, size):
     """(a) once more, with the layers compiled as --compile does"""
-    model = bench.model(size, frozen=True)
+    model = model_of(bench, size, frozen=True)
     rows, length, images = LAYOUTS.get(size, [(2, 640, 1)])[0]
     ours = step(model, partial(model, *batch(bench, model.config, rows, length, images)))
     alone = limit(model, ours, rows, length)
@@ -235,7 +149,7 @@ LAYOUTS = {"tiny": [(16, 80, 1)], "small": [(2, 640, 1), (1, 2048, 3)], "layer":
 
 def prefill_rows(bench, size, length=640):
     """(e) a prompt with an image"""
-    model = bench.model(size)
+    model = model_of(bench, size)
     length = length if model.config.image_tokens > 500 else length // 8
     ids, _ = sequence(model.config, length)
     signal = torch.randn(1, model.config.image_tokens - 2, model.config.contiguous_signal_size).to(
@@ -259,7 +173,7 @@ def decoding(bench, model, ids, signal, tokens):
 def decode_rows(bench, size, tokens=32):
     """(d) one token after another behind an image, against a plain LLaMA with a cache of that length, against the same
     products (matrix times vector) alone, and what share of the memory's bandwidth that is"""
-    model = bench.model(size)
+    model = model_of(bench, size)
     length = 640 if model.config.image_tokens > 500 else 80
     ids, _ = sequence(model.config, length)
     plain, _ = sequence(model.config, length, images=0)
@@ -292,7 +206,7 @@ def text_rows(bench, size, rows=2, length=640, tokens=32):
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return print("| text only | | | transformers is not installed: left out |")
-    model = bench.model(size)
+    model = model_of(bench, size)
     c = model.config
     with torch.device(bench.device):
         theirs = LlamaForCausalLM(LlamaConfig(
@@ -334,7 +248,7 @@ def text_rows(bench, size, rows=2, length=640, tokens=32):
 
 def growth_rows(bench, size):
     """How the cost of a token grows with the length, the images and the batch: training step, LLaMA frozen"""
-    model = bench.model(size, frozen=True, max_position_embeddings=4096)
+    model = model_of(bench, size, frozen=True, max_position_embeddings=4096)
     for rows, length, images in ((1, 640, 1), (1, 1280, 1), (1, 2560, 1), (1, 2560, 2), (1, 2560, 4), (2, 640, 1),
                                  (4, 640, 1), (16, 640, 1)):
         length = length if size != "tiny" else length // 8
@@ -414,7 +328,7 @@ def data_rows(bench, size, count=128, resolution=336):
 def whole_rows(bench, size):
     """Pretraining as pretrain.py does it: a shard through the real loader, CLIP, forward, backward, AdamW. The
     micro-batch doubles until memory is full, with activations kept and computed again."""
-    model = bench.model(size, frozen=True)
+    model = model_of(bench, size, frozen=True)
     with tempfile.TemporaryDirectory() as folder:
         _, text = write_shard(folder, 128)
         model.config.newline_token_id = text.newline

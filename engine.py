@@ -196,6 +196,7 @@ def distribute(model, blocks, args, world):
     """Put a model on the device and among the processes. Weights that learn are float32, frozen ones of the products'
     type. blocks: the layers, which zero and fsdp gather one at a time. -> what to call in training"""
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64         # a few: ways to cut rows, with and without gradients
         for block in blocks:
             block.compile()                               # sizes that change from batch to batch are left open
     if args.engine == "ddp":

@@ -33,7 +33,9 @@ class Cache:
     def put(self, layer, views):
         """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
         at = slice(None), slice(None), slice(0, next(iter(views.values()))[0].shape[2])
-        if self.filled:                                   # decoding: one token a row, each at its own length
+        if self.filled and self.mask is None:             # decoding: one token a row, all rows of one length
+            at = slice(None), slice(None), self.filled
+        elif self.filled:                                 # each at its own
             at = self.rows, slice(None), self.start[:, 0, 0]
         for view in self.keys:
             for buffer, new in zip((self.keys, self.values), views[view]):

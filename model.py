@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
 from generation import generate, see
+from products import product
 from streams import IMAGE
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
@@ -53,15 +54,6 @@ class RMSNorm(nn.Module):
         h = x if x.dtype == torch.float64 else x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * h.to(x.dtype)
-
-
-def product(x, weight):
-    """x (n, in), weight (out, in) -> x W^T (n, out). For a few rows on a CPU, where decoding spends its time, as
-    (W x^T)^T of at least two columns: that reads the weights up to three times as fast as the product of a vector."""
-    n = len(x)
-    if n > 4 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.linear(x, weight)
-    return (weight @ (x if n > 1 else torch.cat((x, x))).t()).t()[:n]
 
 
 class Linear(nn.Linear):
@@ -120,7 +112,8 @@ class Rotate(torch.autograd.Function):
 
 
 def rotate(x, rope):
-    return Rotate.apply(x, *(t.to(x.dtype) for t in rope))
+    cos, sin = (t.to(x.dtype) for t in rope)
+    return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 
 class Attention(nn.Module):

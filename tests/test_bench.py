@@ -52,8 +52,22 @@ def test_the_limit_has_all_products():
     assert counter.get_total_flops() == products
 
 
+def test_compiled_row(monkeypatch):
+    """Two graphs: no gradient is needed of the first layer's text. The compiler itself is left to test_scale.py"""
+    compiled, seen = torch.nn.Module.compile, []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend=backend))
+    some = bench.Bench(repeat=1)
+    some.memory = False
+    bench.compile_rows(some, "tiny")
+    assert len(seen) == 2 and [row["against"][:5] for row in some.rows] == ["the s", "limit"]
+
+
 def test_rows(tmp_path):
-    rows = [name for name in bench.ROWS if name != "data"]
+    rows = [name for name in bench.ROWS if name not in ("data", "compile")]
     run = subprocess.run([sys.executable, "bench.py", "--rows", *rows, "--sizes", "tiny", "--repeat", "1", "--out",
                           tmp_path / "rows.json"], capture_output=True, text=True, cwd=bench.__file__[:-8], timeout=300)
     assert run.returncode == 0, run.stderr

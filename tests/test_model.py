@@ -7,7 +7,8 @@ import torch
 
 import attention
 from config import LibraConfig
-from model import Block, Libra, RMSNorm, cross_entropy, product, rope_table
+from model import Block, Libra, RMSNorm, cross_entropy, rope_table
+from products import by_columns, by_columns_is_faster, product
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
 from weights import UserError
@@ -393,4 +394,6 @@ def test_the_loss_in_pieces_is_the_loss():
 def test_products_of_a_few_rows(rows):
     x, weight = torch.randn(rows, 24), torch.randn(10, 24)
     with torch.no_grad():
-        torch.testing.assert_close(product(x, weight), x @ weight.T)
+        for way in (product, by_columns):
+            torch.testing.assert_close(way(x, weight), x @ weight.T)
+    assert by_columns_is_faster(rows, x.dtype) in (True, False) and by_columns_is_faster.cache_info().currsize
