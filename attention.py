@@ -86,8 +86,9 @@ MOST_CALLS = 32    # beyond it two calls over everything are faster than many sh
 
 
 def causal_attention(q, k, v, mask=None):
-    """The queries are the last of the keys. torch's is_causal aligns the mask at the top left, so it serves only the
-    square case. A tail has its own kernel on CUDA; elsewhere it takes small masks, in blocks: none of L x L is made."""
+    """The queries are the last of the keys, unless a mask says which keys each of them sees. torch's is_causal aligns
+    the mask at the top left, so it serves only the square case. A tail has its own kernel on CUDA; elsewhere it takes
+    small masks, in blocks: none of L x L is made."""
     many, keys, block = q.shape[2], k.shape[2], 256
     # CUDA's fast kernels take grouped heads or a mask, not both
     if q.is_cuda and q.shape[1] != k.shape[1] and (mask is not None or 1 < many < keys):

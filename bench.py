@@ -50,6 +50,7 @@ SIZES = {
                "vocab_size": 4096, "contiguous_signal_size": 1024},
     "layer": {"num_hidden_layers": 1},
     "full": {}}
+LIMIT = "limit (products, one causal attention)"
 
 
 # ---------------------------------------------------------------- what is measured
@@ -103,7 +104,7 @@ def train_rows(bench, size):
     for rows, length, images in LAYOUTS.get(size, [(2, 640, 1)]):
         what = batch(bench, model.config, rows, length, images)
         ours = step(model, partial(model, *what))
-        sides = {"ours": ours, "limit (products, one causal attention)": limit(model, ours, rows, length)}
+        sides = {"ours": ours, LIMIT: limit(model, ours, rows, length)}
         if size in ("tiny", "small"):
             sides["the authors' way (masks, two score matrices)"] = step(model, partial(by_masks, model, *what))
         bench.row(f"training step, B {rows}, L {length}, {several(images)}", size, sides, rows * length, "tokens/s",
@@ -118,7 +119,7 @@ def compile_rows(bench, size):
     model = model_of(bench, size, frozen=True)
     rows, length, images = LAYOUTS.get(size, [(2, 640, 1)])[0]
     ours = step(model, partial(model, *batch(bench, model.config, rows, length, images)))
-    alone = limit(model, ours, rows, length)
+    least = limit(model, ours, rows, length)
     for block in model.model.layers:
         block.compile()
 
@@ -126,9 +127,8 @@ def compile_rows(bench, size):
         with torch.compiler.set_stance("force_eager"):
             ours()
     bench.row(f"training step compiled, B {rows}, L {length}, {several(images)}", size,
-              {"ours": ours, "the same, not compiled": plain,
-               "limit (products, one causal attention)": alone},
-              rows * length, "tokens/s", memory=bench.memory)
+              {"ours": ours, "the same, not compiled": plain, LIMIT: least}, rows * length, "tokens/s",
+              memory=bench.memory)
 
 
 def kernels(bench, f):
@@ -157,7 +157,7 @@ def prefill_rows(bench, size, length=640):
 
     def ours():
         next(iter(generate(model, [ids], signal, 8)))
-    bench.row(f"prefill, L {length}, 1 image", size, {"ours": ours, "limit (products, one causal attention)": limit(
+    bench.row(f"prefill, L {length}, 1 image", size, {"ours": ours, LIMIT: limit(
         model, ours, 1, length, backward=False)}, length, "tokens/s", memory=bench.memory)
 
 

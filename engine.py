@@ -81,7 +81,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
         g.add_argument("--offload", action="store_true",
                        help="zero and fsdp: float32 weights, gradients and AdamW in the CPU's memory; slower, but "
                             "several times as much fits")
-        g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
+        g.add_argument("--compile", action="store_true", help="compile the layers with torch.compile; if a kill "
+                       "while it compiled left 'file too short', remove torch's cache, /tmp/torchinductor_USER")
         g.add_argument("--peak", type=bounded(float, above=0), metavar="TFLOP/S",
                        help="of the device, to log the share reached; None: "
                        "by the GPU's name")

@@ -113,7 +113,7 @@ def put_together(streams, rows, length, places):
     for x in some:
         if len(x) == rows * length:
             return x.view(rows, length, -1)               # all of one modality: nothing to put together
-    both = (x.new_empty if whole and len(some) == 2 else x.new_zeros)(rows, length, x.shape[1])
+    both = (some[0].new_empty if whole and len(some) == 2 else some[0].new_zeros)(rows, length, some[0].shape[1])
     for x, (spans, index) in zip(streams, at):
         if x is not None and spans is None:
             both.view(rows * length, -1).index_copy_(0, index, x)
