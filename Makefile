@@ -38,6 +38,7 @@ demo: $(VENV)/run
 	test $(TOY)/report.json -nt $(TOY)/sft/model.safetensors || \
 		$(RUN) report.py --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
 	@echo "demo took $$(( ($$(date +%s) - $$(cat $(TOY)/.began)) / 60 )) minutes; look at $(TOY)/report.png"
+	@echo "Ask it something: $(RUN) generate.py --model $(TOY)/sft --image $(TOY)/eval/images/000000000000.png"
 	@rm -f $(TOY)/.began
 ifneq ($(filter-out 0,$(QUICK)),)
 	@echo "QUICK=1 only shows that every stage runs: nothing was learned."
