@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from model import LowRank, rope_table, rotate
+from elementwise import rope_table, rotate
+from model import LowRank
 from streams import IMAGE, TEXT
 
 # ---------------------------------------------------------------- the limit: products and one causal attention a layer

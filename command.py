@@ -8,10 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from weights import UserError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOY = Path("runs/toy")         # where `make demo` works; the scripts' paths point there when none are given
 
 
@@ -49,6 +51,20 @@ def need(path):
         raise UserError(f"{path} is not there. `make demo` makes the toy world's files (python toy.py alone its first "
                         "stage); for other files see --help")
     return path
+
+
+def usable(device):
+    """'cpu', 'cuda', 'cuda:1', ... -> torch.device"""
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no GPU is visible here")
+        if device.type != "cuda":
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); --device cpu always "
+                        "can") from None
+    return device
 
 
 def run(main):

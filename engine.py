@@ -26,12 +26,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import barrier
-from command import NATURAL, POSITIVE, SEED, bounded
+from command import DTYPES, NATURAL, POSITIVE, SEED, bounded, usable
 from weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")               # one process needs none
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ENGINES = ("ddp", "zero", "fsdp")
 # TFLOP/s of dense bfloat16 products, by what the device's name contains
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "A10G": 70, "L4": 121}
@@ -142,20 +141,6 @@ class World:
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-
-
-def usable(device):
-    """'cpu', 'cuda', 'cuda:1', ... -> torch.device"""
-    try:
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("no GPU is visible here")
-        if device.type != "cuda":
-            torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); --device cpu always "
-                        "can") from None
-    return device
 
 
 def join(device, timeout=10, group=False):

@@ -24,7 +24,7 @@ import benchmarks
 import engine
 import scores
 from benchmarks import TASKS
-from command import NATURAL, POSITIVE, TOY, Help, need, run, target
+from command import DTYPES, NATURAL, POSITIVE, TOY, Help, need, run, target
 from generation import generate, see
 from model import Libra
 from streams import Streams
@@ -54,7 +54,7 @@ def options():
     g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
     g.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="most tokens of an answer")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
+    g.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
     return parser
 
 
@@ -65,7 +65,7 @@ def main():
     for path in args.data:
         need(path)
     world = engine.join(args.device)
-    dtype = engine.DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
+    dtype = DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
     model = Libra.from_pretrained(need(args.model), dtype=dtype, device=world.device).eval()
     each = [[path] for path in args.data] if args.task == "pope" else [args.data]
     about = {"model": str(args.model), "dtype": str(dtype), "max_new_tokens": args.max_new_tokens}

@@ -20,8 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import engine
-from command import NATURAL, POSITIVE, SEED, TOY, Help, bounded, need, run, target
+from command import DTYPES, NATURAL, POSITIVE, SEED, TOY, Help, bounded, need, run, target, usable
 from generation import generate, see
 from model import Libra
 from streams import Streams
@@ -62,7 +61,7 @@ def options():
                    help="sample from the most likely that make up this share")
     g.add_argument("--seed", type=SEED, default=0, help="of sampling")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    g.add_argument("--dtype", choices=list(engine.DTYPES), help="None: bfloat16 on a GPU, else float32")
+    g.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
     return parser
 
 
@@ -74,8 +73,8 @@ def main():
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
     if args.temperature is None:
         args.temperature = 1.0 if args.draw is not None or args.complete is not None else 0.0
-    device = engine.usable(args.device)
-    dtype = engine.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    device = usable(args.device)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     if args.reconstruct is not None:
         picture, psnr = reconstruct(ImageTokenizer.from_pretrained(need(args.model), dtype, device), args.reconstruct)
         save(picture, args.out)

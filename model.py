@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
+from elementwise import normalize, rope_table, rotate, swiglu
 from generation import generate, see
 from products import product
 from streams import IMAGE
@@ -51,9 +52,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        h = x if x.dtype == torch.float64 else x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * h.to(x.dtype)
+        return normalize(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -75,45 +74,6 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         return product(product(x, self.weight_A), self.weight_B)
-
-
-def rope_table(config, positions, dtype):
-    """cos and sin of positions (...,) -> two (..., d), float32 or finer. Angles in float32, as the published weights
-    were trained."""
-    d = config.head_dim
-    frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)
-    angle = (positions[..., None].float() * frequency).to(torch.promote_types(dtype, torch.float32))
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def turn(x, cos, sin):
-    """RoPE in the half-split layout of Hugging Face, x (B, H, L, d): three passes over memory"""
-    a, b = x.chunk(2, dim=-1)
-    sin_a, sin_b = sin.chunk(2, dim=-1)
-    out = x * cos
-    out[..., :a.shape[-1]].addcmul_(b, sin_a, value=-1)
-    out[..., a.shape[-1]:].addcmul_(a, sin_b)
-    return out
-
-
-class Rotate(torch.autograd.Function):
-    """Its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        cos, sin = ctx.saved_tensors
-        return turn(gradient, cos, -sin), None, None
-
-
-def rotate(x, rope):
-    cos, sin = (t.to(x.dtype) for t in rope)
-    return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 
 class Attention(nn.Module):
@@ -195,7 +155,7 @@ class FFN(nn.Module):
 
     def forward(self, x):
         gate, up = route(self, "gate_proj", x), route(self, "up_proj", x)
-        return route(self, "down_proj", [None if g is None else F.silu(g) * u for g, u in zip(gate, up)])
+        return route(self, "down_proj", [None if g is None else swiglu(g, u) for g, u in zip(gate, up)])
 
 
 class Block(nn.Module):

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from command import DTYPES
 from config import LibraConfig
-from engine import DTYPES, ENGINES
+from engine import ENGINES
 from model import Libra
 from streams import Streams
 from text import IMG, spell_out

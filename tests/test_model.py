@@ -7,7 +7,8 @@ import torch
 
 import attention
 from config import LibraConfig
-from model import Block, Libra, RMSNorm, cross_entropy, rope_table
+from elementwise import normalize, rope_table, swiglu
+from model import Block, Libra, RMSNorm, cross_entropy
 from products import by_columns, by_columns_is_faster, product
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
@@ -337,6 +338,28 @@ def test_one_layer_at_full_width():
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None and torch.isfinite(p.grad).all()
                                         for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_swiglu_keep_only_what_came_in(dtype):
+    """Their gradients are those that torch finds in float64; what they keep is their input, a number a row, a weight"""
+    g = torch.Generator().manual_seed(0)
+    x, y, weight, back = (torch.randn(shape, generator=g).to(dtype).requires_grad_()
+                          for shape in ((40, 64), (40, 64), (64,), (40, 64)))
+    for ours, plain, inputs, most in (
+            (lambda x, w: normalize(x, w, 1e-5), lambda x, w: x / (x.square().mean(-1, True) + 1e-5).sqrt() * w,
+             (x, weight), x.nbytes + weight.nbytes + 40 * 4),
+            (swiglu, lambda gate, up: gate * gate.sigmoid() * up, (x, y), 2 * x.nbytes)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            out = ours(*inputs)
+        fine = [t.detach().double().requires_grad_() for t in inputs]
+        expected = plain(*fine)
+        scale = 2 * torch.finfo(dtype).eps
+        assert (out - expected).abs().max() < scale * expected.abs().max() and sum(kept) <= most
+        for one, two in zip(torch.autograd.grad(out, inputs, back),
+                            torch.autograd.grad(expected, fine, back.detach().double())):
+            assert one.dtype == dtype and (one - two).abs().max() < scale * two.abs().max()
 
 
 def test_norm_keeps_float64():
