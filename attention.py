@@ -44,8 +44,7 @@ def routed_attention(q, views, streams, mask=None):
     if len(views) == 1:
         (k, v), = views.values()
         return causal_attention(q, k, v, mask)
-    few = streams.usual and not q.is_cuda and len(streams.seen) <= FEW and mask is None
-    if torch.compiler.is_compiling() or few:              # few words in one call: less is cut, less padded on the way back
+    if torch.compiler.is_compiling():
         return traced_attention(q, views, streams)
     if sum(len(cuts) for _, cuts in streams.groups) > MOST_CALLS:
         return twice(q, views, streams, mask)
@@ -82,7 +81,6 @@ def traced_attention(q, views, streams):
     return torch.cat((text[:, :, :start], image[:, :, start:], text[:, :, start:]), dim=2)
 
 
-FEW = 256          # queries in a masked call: no more than causal_attention's blocks
 MOST_CALLS = 32    # beyond it two calls over everything are faster than many short ones
 
 
@@ -90,7 +88,7 @@ def causal_attention(q, k, v, mask=None):
     """The queries are the last of the keys, unless a mask says which keys each of them sees. torch's is_causal aligns
     the mask at the top left, so it serves only the square case. A tail has its own kernel on CUDA; elsewhere it takes
     small masks, in blocks: none of L x L is made."""
-    many, keys, block = q.shape[2], k.shape[2], FEW
+    many, keys, block = q.shape[2], k.shape[2], 256
     # CUDA's fast kernels take grouped heads or a mask, not both
     if q.is_cuda and q.shape[1] != k.shape[1] and (mask is not None or 1 < many < keys):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
