@@ -3,7 +3,7 @@
     make ablate                          # on the demo's files; two hours on two cores. Broken off, it goes on
     python ablate.py --show              # only the table and the picture of what is there
 
-Same data, steps and seeds for all rows. runs/ablation/ gets a folder for each row and seed, table.md and ablation.png.
+Same data, steps, seeds for all rows. runs/toy/ablation/ gets a folder for each row and seed, table.md and ablation.png.
 """
 import argparse
 import json
@@ -260,7 +260,7 @@ def work(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of rows, table and picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy/ablation"), help="folder of rows, table and picture")
     parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="one run of each row for each")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], metavar="ROW",
                         help="libra, a to g; None: all")

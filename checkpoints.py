@@ -145,6 +145,9 @@ class Checkpoints:
         if self.world.size > 1:                           # one decides: a shared disk may lag behind for the others
             dist.broadcast_object_list(found, group=self.group)
         complete, some_there = found
+        for path in self._all() if wanted else []:
+            if path not in complete:
+                self.world.say(f"{path} is passed over: it was cut off, or files of it are missing or of another size")
         for path in complete:
             self.world.say(f"going on from {path}")
             try:
