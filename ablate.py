@@ -260,7 +260,7 @@ def work(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy/ablation"), help="folder of rows, table and picture")
+    parser.add_argument("--out", type=Path, default=TOY / "ablation", help="folder of rows, table and picture")
     parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="one run of each row for each")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], metavar="ROW",
                         help="libra, a to g; None: all")

@@ -31,11 +31,12 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, r, weight = ctx.saved_tensors
-        gradient, weight_, h = wide(gradient), wide(weight), wide(x) * r
+        gradient, w, h = wide(gradient), wide(weight), wide(x) * r
         both = gradient * h
-        along = (both @ weight_ / x.shape[-1])[..., None]             # the gradient's part along h: no change of length
-        to_x = (gradient * weight_).addcmul_(h, along, value=-1).mul_(r)
-        return to_x.to(x.dtype), both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        along = (both @ w / x.shape[-1])[..., None]       # the gradient's part along h, which does not change h
+        to_x = (gradient * w).addcmul_(h, along, value=-1).mul_(r).to(x.dtype)
+        to_weight = both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight, None
 
 
 def normalize(x, weight, eps):

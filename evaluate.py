@@ -62,9 +62,11 @@ def main():
     args = options().parse_args()
     if args.likelihood and args.prompt == "":
         raise UserError("--likelihood compares answers to a question: it does not go with --prompt ''")
-    files = [Path(path).resolve() for path in (*map(need, args.data), args.out, args.submission) if path]
-    if len(set(files)) < len(files):
-        raise UserError("--out and --submission must name files of their own: one would overwrite the other, or --data")
+    taken = [Path(need(path)).resolve() for path in args.data]
+    for path in filter(None, (args.out, args.submission)):
+        if Path(path).resolve() in taken:
+            raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
+        taken.append(Path(path).resolve())
     world = engine.join(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
     model = Libra.from_pretrained(need(args.model), dtype=dtype, device=world.device).eval()

@@ -112,6 +112,8 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
     whole = part.read_bytes()
     part.write_bytes(whole[:100])                         # half a file, whatever its name says
     assert [path.name for path in checkpoints.complete()] == ["checkpoint-000001"]
+    assert checkpoints.resume(True, [model], [optimizer])[0] == 1
+    assert "checkpoint-000003 is passed over" in capsys.readouterr().out
     part.write_bytes(bytes(len(whole)))                   # nothing in it, but of the right size
     assert checkpoints.resume(True, [model], [optimizer])[0] == 1
     assert "checkpoint-000003 cannot be read" in capsys.readouterr().err

@@ -40,6 +40,8 @@ def said(main, words, monkeypatch, capsys):
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
     (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
     (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
+    (evaluate.main, "--task gqa --data README.md --out README.md", "README.md is --data too"),
+    (evaluate.main, "--task gqa --data README.md --out x.json --submission x.json", "x.json is --data too, or"),
     (evaluate.main, "--task mme --data nowhere", "nowhere is not there"),
     (evaluate.main, "--task seed --data x --likelihood --prompt=", "does not go with --prompt ''"),
     (generate.main, "--draw a --image b", "--image belongs to a question or a chat, not to --draw"),
