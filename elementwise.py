@@ -41,29 +41,28 @@ class Normalize(torch.autograd.Function):
 
 def normalize(x, weight, eps):
     """x (..., D), weight (D,) -> x / rms(x) * weight, the root mean square over D in float32 or finer"""
-    return Normalize.apply(x, weight, eps) if torch.is_grad_enabled() else normalized(x, weight, eps)[0]
+    if torch.is_grad_enabled():
+        return Normalize.apply(x, weight, eps)
+    if x.dtype == weight.dtype == wide(x).dtype:          # torch's own rounds only once in 16 bits, the published twice
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return normalized(x, weight, eps)[0]
 
 
 # ---------------------------------------------------------------- RoPE
 
 def rope_table(config, positions, dtype):
-    """cos and sin of positions (...,) -> two (..., d), float32 or finer. Angles in float32, as the published weights
-    were trained."""
+    """cos and sin of positions (...,) -> two (..., d), float32 or finer; sin with the sign that `turn` takes it with.
+    Angles in float32, as the published weights were trained."""
     d = config.head_dim
     frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)
     angle = (positions[..., None].float() * frequency).to(torch.promote_types(dtype, torch.float32))
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def turn(x, cos, sin):
-    """RoPE in the half-split layout of Hugging Face, x (B, H, L, d): three passes over memory"""
-    a, b = x.chunk(2, dim=-1)
-    sin_a, sin_b = sin.chunk(2, dim=-1)
-    out = x * cos
-    out[..., :a.shape[-1]].addcmul_(b, sin_a, value=-1)
-    out[..., a.shape[-1]:].addcmul_(a, sin_b)
-    return out
+    """RoPE in the half-split layout of Hugging Face, x (B, H, L, d): (a, b) -> (a cos - b sin, b cos + a sin)"""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Rotate(torch.autograd.Function):

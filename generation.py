@@ -24,26 +24,24 @@ class Cache:
     def __init__(self, config, rows, length, views, like):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         views = views if config.use_bridge else (TEXT,)   # without a bridge both modalities see the same
-        self.keys = {view: like.new_zeros(shape) for view in views}
-        self.values = {view: like.new_zeros(shape) for view in views}
+        self.keys = {view: like.new_zeros(shape).unbind() for view in views}                  # a buffer for each layer
+        self.values = {view: like.new_zeros(shape).unbind() for view in views}
         self.lengths, self.filled = [0] * rows, 0
         self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
         self.start, self.mask, self.whole = 0, None, False
 
     def put(self, layer, views):
         """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
-        at = slice(None), slice(None), slice(0, next(iter(views.values()))[0].shape[2])
-        if self.filled and self.mask is None:             # decoding: one token a row, all rows of one length
-            at = slice(None), slice(None), self.filled
-        elif self.filled:                                 # each at its own
-            at = self.rows, slice(None), self.start[:, 0, 0]
         for view in self.keys:
-            for buffer, new in zip((self.keys, self.values), views[view]):
-                buffer[view][layer][at] = (new[:, :, 0] if self.filled else new).to(buffer[view].dtype)
+            for buffer, new in zip((self.keys[view][layer], self.values[view][layer]), views[view]):
+                if self.mask is None:                     # a prompt, or a token for rows of one length
+                    buffer.narrow(2, self.filled, new.shape[2]).copy_(new)
+                else:                                     # each row at its own place
+                    buffer[self.rows, :, self.start[:, 0, 0]] = new[:, :, 0].to(buffer.dtype)
         if not self.filled:
             return views, None
         end = len(self.places) if self.whole else self.filled + 1
-        return {view: (self.keys[view][layer][:, :, :end], self.values[view][layer][:, :, :end])
+        return {view: (self.keys[view][layer].narrow(2, 0, end), self.values[view][layer].narrow(2, 0, end))
                 for view in self.keys}, self.mask
 
     def advance(self, counts):

@@ -36,9 +36,10 @@ def route(module, name, x):
 
     x: [(n_text, .), (n_image, .)]; a stream that is None stays None. Without an expert both use the LLaMA's weights.
     """
+    text, image = x
     own = getattr(module, name)
-    expert = getattr(module, "vision_" + name, own)
-    return [None if y is None else f(y) for f, y in zip((own, expert), x)]
+    return [None if text is None else own(text),
+            None if image is None else getattr(module, "vision_" + name, own)(image)]
 
 
 def plus(x, y):

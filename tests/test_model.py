@@ -9,7 +9,7 @@ import attention
 from config import LibraConfig
 from elementwise import normalize, rope_table, swiglu
 from model import Block, Libra, RMSNorm, cross_entropy
-from products import by_columns, by_columns_is_faster, product
+from products import columns_by_blocks, fastest, product, rows_by_blocks
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
 from weights import UserError
@@ -353,6 +353,8 @@ def test_norm_and_swiglu_keep_only_what_came_in(dtype):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
             out = ours(*inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*inputs), out, rtol=0, atol=torch.finfo(dtype).eps)
         fine = [t.detach().double().requires_grad_() for t in inputs]
         expected = plain(*fine)
         scale = 2 * torch.finfo(dtype).eps
@@ -413,10 +415,12 @@ def test_the_loss_in_pieces_is_the_loss():
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_products_of_a_few_rows(rows):
-    x, weight = torch.randn(rows, 24), torch.randn(10, 24)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("size", [(514, 24), (33, 8), (512, 640)])            # the last is large enough for a choice
+def test_products_of_a_few_rows(rows, size):
+    x, weight = torch.randn(rows, size[1]).double(), torch.randn(size).double()
     with torch.no_grad():
-        for way in (product, by_columns):
+        for way in (product, rows_by_blocks, columns_by_blocks):
             torch.testing.assert_close(way(x, weight), x @ weight.T)
-    assert by_columns_is_faster(rows, x.dtype) in (True, False) and by_columns_is_faster.cache_info().currsize
+        assert fastest(rows, x.dtype) in (torch.nn.functional.linear, rows_by_blocks, columns_by_blocks)
+    assert fastest.cache_info().currsize
