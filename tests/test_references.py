@@ -10,6 +10,7 @@ from generation import generate
 from model import load
 from streams import Streams
 from tokenizer import CLIP_MEAN, CLIP_STD, ClipViT, prepare, read_clip_sizes, read_clip_weights
+from toy import muon
 from weights import assign
 
 VISION = {"vision_vocab_size": 10, "vision_codebook_num": 2, "image_feature_resolution": 2,
@@ -83,3 +84,22 @@ def test_preprocessing():
         share = (a != b).mean()
         print(f"picture {number}, {picture.size}: {share:.2%} differ, by at most {np.abs(a - b).max():.0f}")
         assert np.abs(a - b).max() <= 1
+
+
+def test_muon():
+    """The stand-ins' optimizer in float32 against torch's, which computes in bfloat16"""
+    g = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in [(24, 40)] * 2 + [(40, 24)] * 2]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    momenta = [torch.zeros(2, 24, 40), torch.zeros(2, 40, 24)]
+    for _ in range(5):
+        before = [p.detach().clone() for p in ours]
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for group, momentum in zip((ours[:2], ours[2:]), momenta):
+            muon(group, momentum, 0.01)
+        for p, q, old in zip(ours, theirs, before):
+            assert (p - q).norm() < 0.1 * (p - old).norm() and 0.05 < (p - old).square().mean().sqrt() / 0.01 < 0.4
