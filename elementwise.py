@@ -43,7 +43,7 @@ def normalize(x, weight, eps):
     """x (..., D), weight (D,) -> x / rms(x) * weight, the root mean square over D in float32 or finer"""
     if torch.is_grad_enabled():
         return Normalize.apply(x, weight, eps)
-    if x.dtype == weight.dtype == wide(x).dtype:          # torch's own rounds only once in 16 bits, the published twice
+    if x.dtype == weight.dtype == wide(x).dtype:          # in 16 bits torch's rounds once, the published model's twice
         return F.rms_norm(x, weight.shape, weight, eps)
     return normalized(x, weight, eps)[0]
 

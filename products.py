@@ -23,21 +23,24 @@ def product(x, weight):
 MOST_ROWS = 16
 
 
+def in_blocks(weight):
+    """(out, in) -> (16, out / 16, in), or fewer blocks where 16 does not divide out"""
+    size_out, size_in = weight.shape
+    many = math.gcd(size_out, 16)
+    return weight.view(many, size_out // many, size_in)
+
+
 def rows_by_blocks(x, weight):
     """x times every block of W^T, side by side"""
-    n, (size_out, size_in) = x.shape[0], weight.shape
-    many = math.gcd(size_out, 16)
-    blocks = weight.view(many, size_out // many, size_in)
-    y = torch.bmm(x.expand(many, n, size_in), blocks.mT)                                      # (many, n, out / many)
-    return (y if n == 1 else y.transpose(0, 1)).reshape(n, size_out)
+    blocks = in_blocks(weight)
+    y = torch.bmm(x.expand(blocks.shape[0], *x.shape), blocks.mT)                             # (16, n, out / 16)
+    return (y if x.shape[0] == 1 else y.transpose(0, 1)).reshape(x.shape[0], weight.shape[0])
 
 
 def columns_by_blocks(x, weight):
     """(W x^T)^T, every block of W times the columns x^T"""
-    n, (size_out, size_in) = x.shape[0], weight.shape
-    many = math.gcd(size_out, 16)
-    blocks = weight.view(many, size_out // many, size_in)
-    return torch.bmm(blocks, x.t().expand(many, size_in, n)).view(size_out, n).t()
+    blocks = in_blocks(weight)
+    return torch.bmm(blocks, x.t().expand(blocks.shape[0], *x.t().shape)).view(-1, x.shape[0]).t()
 
 
 @functools.cache
