@@ -63,7 +63,7 @@ ablate: demo
 
 # Speed and memory, as ratios; transformers is in the test environment
 bench: $(VENV)/test
-	$(RUN) bench.py --out runs/bench.json
+	mkdir -p runs && $(RUN) bench.py --out runs/bench.json
 
 clean-demo:
 	rm -rf $(TOY)
