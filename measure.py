@@ -62,7 +62,7 @@ class Bench:
             f()
             self.wait()
             return torch.cuda.max_memory_allocated() - before
-        for _ in range(2):                                # the first call also sets libraries up, little beside long work
+        for _ in range(2):                                # the first call sets libraries up: little beside long work
             before = resident("VmRSS", forget=True)
             seconds = self.seconds(f)
             if seconds > 2:
