@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 def product(x, weight):
     """x (n, in), weight (out, in) -> x W^T (n, out)"""
+    if torch.is_grad_enabled() or x.device.type != "cpu":  # first: a compiled layer must not ask for n
+        return F.linear(x, weight)
     n, (size_out, size_in) = x.shape[0], weight.shape
-    if n > MOST_ROWS or size_out * size_in < 2 ** 18 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.linear(x, weight)                        # a small matrix stays in the CPU's caches
+    if n > MOST_ROWS or size_out * size_in < 2 ** 18:     # a small matrix stays in the CPU's caches
+        return F.linear(x, weight)
     return fastest(n, x.dtype)(x, weight)
 
 
