@@ -39,7 +39,7 @@ from products import product
 from streams import Streams
 from text import IMG, Text, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
-from weights import UserError
+from weights import UserError, shapes_only
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -57,7 +57,7 @@ LIMIT = "limit (products, one causal attention)"
 
 def model_of(bench, size, frozen=False, **changes):
     torch.manual_seed(0)
-    with torch.device("meta"):
+    with shapes_only():
         model = Libra(LibraConfig(**SIZES[size] | changes))
     model.to(bench.dtype).to_empty(device=bench.device)
     for p in model.parameters():

@@ -26,7 +26,7 @@ from products import product
 from streams import IMAGE
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
-from weights import UserError, assign, read_folder, save_tensors, write_json
+from weights import UserError, assign, read_folder, save_tensors, shapes_only, write_json
 
 # ---------------------------------------------------------------- the parts of a layer
 
@@ -399,7 +399,7 @@ def load(folder, sizes=None, dtype=None, **changes):
     """
     path = Path(folder) / "config.json"
     config = LibraConfig.from_file(path, sizes, **changes)
-    with torch.device("meta"):
+    with shapes_only():
         model = Libra(config)
 
     def keep(name):                                       # buffers of the published code

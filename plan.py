@@ -23,7 +23,7 @@ from model import Libra
 from streams import Streams
 from text import IMG, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
-from weights import UserError, read_json
+from weights import UserError, read_json, shapes_only
 
 PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4; bf16 peak
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -166,7 +166,7 @@ def needs(args, model, eye, streams, nproc, dtype):
     """-> {engine: {part: bytes}} of one GPU: weights, gradients, AdamW, the frozen image tokenizer, activations"""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen, layers = sum(p.numel() for p in model.parameters()) - trained, model.config.num_hidden_layers
-    with torch.device("meta"):
+    with shapes_only():
         see = {"image tokenizer": 4 * sum(p.numel() for p in ImageTokenizer(eye).parameters())}
     kept = {"activations": activations(model.config, streams, model.lm_head.weight.requires_grad, dtype,
                                        args.checkpoint_activations)}
@@ -211,7 +211,7 @@ def show(args, config, eye, stage):
     if args.batch % (n * micro):
         raise UserError(f"--batch {args.batch} does not divide into {n} GPUs with --micro-batch {micro}")
     streams = batch_of(config, micro, args.text_tokens, stage)
-    with torch.device("meta"):
+    with shapes_only():
         model, see = Libra(config), ImageTokenizer(eye)
     for module in [] if tune else model.llama():
         module.requires_grad_(False)

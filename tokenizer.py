@@ -19,7 +19,18 @@ from torch import nn
 
 from config import check_types
 from vqgan import Decoder, Encoder
-from weights import UserError, assign, read_folder, read_json, read_tensors, read_yaml, save_tensors, select, write_json
+from weights import (
+    UserError,
+    assign,
+    read_folder,
+    read_json,
+    read_tensors,
+    read_yaml,
+    save_tensors,
+    select,
+    shapes_only,
+    write_json,
+)
 
 # ---------------------------------------------------------------- pixels
 
@@ -133,7 +144,8 @@ class ClipViT(nn.Module):
                  layer_norm_eps=1e-5):
         super().__init__()
         self.embeddings = nn.Module()
-        self.embeddings.class_embedding = nn.Parameter(torch.randn(hidden_size) * hidden_size ** -0.5)
+        self.embeddings.class_embedding = nn.Parameter(
+            nn.init.normal_(torch.empty(hidden_size), std=hidden_size ** -0.5))
         self.embeddings.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=False)
         self.embeddings.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, hidden_size)
         self.pre_layrnorm = nn.LayerNorm(hidden_size, layer_norm_eps)
@@ -341,7 +353,7 @@ class ImageTokenizer(nn.Module):
             raise UserError(f"{folder}: no image tokenizer; expected in it the folder image_tokenizer, or "
                             "vision_tokenizer_config.yaml. A LLaMA has none: pretrain.py makes a Libra of --llm LLAMA "
                             "and --image-tokenizer, which train_tokenizer.py makes")
-        with torch.device("meta"):
+        with shapes_only():
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)
         return tokenizer.requires_grad_(False).eval().to(device)

@@ -34,7 +34,7 @@ from tokenizer import (
     to_pixels,
     to_rgb,
 )
-from weights import UserError, assign, read_tensors, select
+from weights import UserError, assign, read_tensors, select, shapes_only
 
 
 def lfq_loss(projected, codebook_size, gamma=2.5, entropy_weight=0.1, commitment_weight=1.0):
@@ -111,7 +111,7 @@ class LPIPS(nn.Module):
     def __init__(self, vgg, linear):
         super().__init__()
         self.features, self.lin, width = nn.ModuleDict(), nn.ModuleList(), 3
-        with torch.device("meta"):
+        with shapes_only():
             for group, out in zip(self.CONVS, self.WIDTHS):
                 for conv in group:
                     self.features[str(conv)], width = nn.Conv2d(width, out, 3, padding=1), out
@@ -264,7 +264,7 @@ def main():
     args = options().parse_args()
     if args.plan:
         clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
-        with torch.device("meta"):
+        with shapes_only():
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
         return plan.show_tokenizer(args, trained, discriminator, clip["image_size"])
     args.clip_folder = args.clip_folder or TOY / "clip"

@@ -8,10 +8,12 @@ import json
 import os
 import pickle
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 
 class UserError(Exception):
@@ -152,6 +154,20 @@ def select(tensors, dtype=None, keep=lambda name: name):
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Unfilled(TorchFunctionMode):
+    """New weights are not drawn: where they have no memory, torch loads its whole compiler to draw nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only():
+    """What is built here has names and shapes, no memory (torch's meta device)."""
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 def assign(module, tensors, source, may_lack=()):

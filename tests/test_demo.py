@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_pipeline import ROOT
+from scripts import ROOT
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -14,20 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pipeline import ROOT, TOKENIZER, base, log, pretrain, run, tokenizer, toy  # noqa: F401
+from scripts import Fork, begin, run
+from test_pipeline import TOKENIZER, base, log, pretrain, tokenizer, toy  # noqa: F401
 
 import engine
 from checkpoints import Checkpoints
 
 ALONE = engine.World(0, 1, torch.device("cpu"), torch.float32)
 ARGS = SimpleNamespace(keep=2, engine="ddp", batch=8, micro_batch=8)
-
-
-def begin(script, *words, processes=1):
-    words = [word for part in words for word in (part.split() if isinstance(part, str) else [str(part)])]
-    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return subprocess.Popen([sys.executable, *start, script, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def test_a_dead_process_ends_the_run(pretrain, tmp_path):  # noqa: F811
@@ -66,14 +59,15 @@ def test_kill_9_loses_no_more_than_since_the_last_checkpoint(pretrain, tmp_path)
     words = [*pretrain, "--steps 400 --save-every 1"]
     dice, reached, drafts = random.Random(0), 0, 0
     for kill in range(20):
-        job = begin("pretrain.py", *words, "--resume --out", tmp_path / "killed")
-        before = len(lines(tmp_path / "killed"))
-        while len(lines(tmp_path / "killed")) < before + 1 and job.poll() is None:
-            time.sleep(0.01)
-        time.sleep(dice.random() * 0.8)
-        os.killpg(job.pid, signal.SIGKILL)
-        said = job.communicate()[0]
-        assert job.returncode == -signal.SIGKILL, said    # it was at work
+        with Fork("pretrain.py", *words, "--resume --out", tmp_path / "killed") as job:
+            before = len(lines(tmp_path / "killed"))
+            while len(lines(tmp_path / "killed")) < before + 1 and job.process.is_alive():
+                time.sleep(0.01)
+            time.sleep(dice.random() * 0.8)
+            job.process.kill()
+            job.process.join()
+            said = "".join(job.said())
+            assert job.process.exitcode == -signal.SIGKILL, said                              # it was at work
         drafts += bool(list((tmp_path / "killed").glob("*.tmp")))
         complete = Checkpoints(tmp_path / "killed", ARGS, ALONE).complete()
         step = int(complete[0].name[-6:]) if complete else 0

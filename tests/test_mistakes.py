@@ -6,7 +6,8 @@ import tarfile
 
 import pytest
 import tiny
-from test_pipeline import base, log, pretrain, run, tokenizer, toy, tuned  # noqa: F401
+from scripts import run
+from test_pipeline import base, log, pretrain, tokenizer, toy, tuned  # noqa: F401
 
 import command
 import data

@@ -1,35 +1,17 @@
 """The very scripts, one after another, at sizes that take seconds: toy world, three stages, answers, scores."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import run
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 TOKENIZER = ("--select-layers 2 4 --embed-dim 64 --codebook-size 256 --z-channels 64 --ch 32 --ch-mult 1 1 1 1 "
              "--num-res-blocks 1 --num-attn-heads 2 --attn-resolutions 7 --batch 8 --warmup 1 --lr 1e-3")
-
-
-def run(script, *words, processes=1, ok=True):
-    """-> what a script prints; it must end well, or with one sentence and no traceback"""
-    words = [word for part in words for word in (
-        part.split() if isinstance(part, str) else part if isinstance(part, tuple) else [str(part)])]
-    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, *start, script, *words], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=300)
-    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-3000:]
-    assert ok or "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
 
 
 def log(folder):

@@ -4,7 +4,8 @@ import re
 import shlex
 
 import pytest
-from test_pipeline import ROOT, base, pretrain, run, tokenizer, toy, tuned  # noqa: F401
+from scripts import ROOT, run
+from test_pipeline import base, pretrain, tokenizer, toy, tuned  # noqa: F401
 
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind != "python" for line in block.replace("\\\n", " ").splitlines()]

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_pipeline import base, log, pretrain, run, tokenizer, toy  # noqa: F401
+from scripts import run
+from test_pipeline import base, log, pretrain, tokenizer, toy  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
