@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import Fork, begin, run
-from test_pipeline import TOKENIZER, base, log, pretrain, tokenizer, toy  # noqa: F401
+from scripts import TOKENIZER, Fork, begin, log, run
 
 import engine
 from checkpoints import Checkpoints
@@ -23,7 +22,7 @@ ALONE = engine.World(0, 1, torch.device("cpu"), torch.float32)
 ARGS = SimpleNamespace(keep=2, engine="ddp", batch=8, micro_batch=8)
 
 
-def test_a_dead_process_ends_the_run(pretrain, tmp_path):  # noqa: F811
+def test_a_dead_process_ends_the_run(pretrain, tmp_path):
     job = begin("pretrain.py", *pretrain, "--steps 100000 --timeout 1 --out", tmp_path, processes=2)
     while not (tmp_path / "log.jsonl").exists():
         time.sleep(0.1)
@@ -36,7 +35,7 @@ def test_a_dead_process_ends_the_run(pretrain, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_being_asked_to_end_ends_with_a_checkpoint(pretrain, tmp_path, processes, number):  # noqa: F811
+def test_being_asked_to_end_ends_with_a_checkpoint(pretrain, tmp_path, processes, number):
     job = begin("pretrain.py", *pretrain, "--steps 100000 --save-every 1000 --out", tmp_path, processes=processes)
     while not (tmp_path / "log.jsonl").exists():
         time.sleep(0.1)
@@ -52,22 +51,22 @@ def test_being_asked_to_end_ends_with_a_checkpoint(pretrain, tmp_path, processes
     assert processes == 2 or job.returncode == 0          # torchrun itself reports that it was told to end
 
 
-def test_kill_9_loses_no_more_than_since_the_last_checkpoint(pretrain, tmp_path):  # noqa: F811
+def test_kill_9_loses_no_more_than_since_the_last_checkpoint(pretrain, tmp_path):
     """Twenty kills at random moments, a save after every step: the newest complete checkpoint always goes on, the steps
     never go back beyond it, and the end equals that of a run that nobody disturbed."""
     pretrain = [*pretrain, "--warmup 1000 --lr 0.1"]      # a rate that does not know how many steps there will be
     words = [*pretrain, "--steps 400 --save-every 1"]
     dice, reached, drafts = random.Random(0), 0, 0
     for kill in range(20):
-        with Fork("pretrain.py", *words, "--resume --out", tmp_path / "killed") as job:
-            before = len(lines(tmp_path / "killed"))
-            while len(lines(tmp_path / "killed")) < before + 1 and job.process.is_alive():
-                time.sleep(0.01)
-            time.sleep(dice.random() * 0.8)
-            job.process.kill()
-            job.process.join()
-            said = "".join(job.said())
-            assert job.process.exitcode == -signal.SIGKILL, said                              # it was at work
+        job = Fork("pretrain.py", *words, "--resume --out", tmp_path / "killed")
+        before = len(lines(tmp_path / "killed"))
+        while len(lines(tmp_path / "killed")) < before + 1 and job.process.is_alive():
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.8)
+        job.process.kill()
+        job.process.join()
+        said = job.said()
+        assert job.process.exitcode == -signal.SIGKILL, said                                  # it was at work
         drafts += bool(list((tmp_path / "killed").glob("*.tmp")))
         complete = Checkpoints(tmp_path / "killed", ARGS, ALONE).complete()
         step = int(complete[0].name[-6:]) if complete else 0
@@ -137,7 +136,7 @@ def test_random_states_come_back(tmp_path):
     assert draw() == first != second
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_path):
     """Weights blown up by the first update: the second's loss is no number. What was saved is what it met."""
     said = run("pretrain.py", *pretrain, "--lr 1e38 --warmup 1 --out", tmp_path, ok=False)
     assert "step 2: loss or gradient is not finite; saved before the update" in said
@@ -147,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_p
     assert done["step"] == 1
 
 
-def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):  # noqa: F811
+def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):
     """A loss that is not finite; and a batch of which nothing is usable teaches nothing and ends nothing"""
     words = ["--clip", toy / "clip", TOKENIZER, "--disc-start 0 --steps 3"]
     said = run("train_tokenizer.py", *words, "--data", toy / "captions/*.tar", "--lr 1e38 --out", tmp_path / "a",
@@ -160,7 +159,7 @@ def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):  # noqa: F811
     assert [(line["norm"], line["skipped"]) for line in log(tmp_path / "b")] == [(0, 8), (0, 16), (0, 24)]
 
 
-def test_the_same_run_goes_on_or_says_why_not(pretrain, base, tmp_path):  # noqa: F811
+def test_the_same_run_goes_on_or_says_why_not(pretrain, base, tmp_path):
     """Another seed or other data: its place in the data means nothing. Another batch or engine: not exact, and said."""
     shutil.copytree(base, tmp_path / "run")
     other = base.parent / "eval"
@@ -172,7 +171,7 @@ def test_the_same_run_goes_on_or_says_why_not(pretrain, base, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
-def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind):  # noqa: F811
+def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind):
     words = [*pretrain, f"--steps 5 --save-every 3 --micro-batch 1 --engine {kind}"]
     run("pretrain.py", *words, "--out", tmp_path / "a", processes=2)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -184,7 +183,7 @@ def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind):  # noqa: F8
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path):  # noqa: F811
+def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path):
     entries = json.loads((toy / "eval/held_out_captions.json").read_text())
     for number, name in ((0, "gone.png"), (1, "../../up.png")):
         entries[number]["image"] = name

@@ -7,7 +7,6 @@ import tarfile
 import pytest
 import tiny
 from scripts import run
-from test_pipeline import base, log, pretrain, tokenizer, toy, tuned  # noqa: F401
 
 import command
 import data
@@ -51,7 +50,7 @@ def said(main, words, monkeypatch, capsys):
     (generate.main, "--batch nowhere.jsonl", "nowhere"),
     (data.main, "tests", "tests is a folder"),
     (data.main, "{5..2}.tar", "stands for no file")])
-def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):  # noqa: F811
+def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
     monkeypatch.chdir(tmp_path)                           # with no runs/ of earlier days
     (tmp_path / "README.md").touch()
     (tmp_path / "tests").mkdir()
@@ -59,7 +58,7 @@ def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path): 
     assert sentence in said(main, words, monkeypatch, capsys)
 
 
-def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):
     words = " ".join(map(str, pretrain)).split()
     assert "it would be overwritten" in said(
         train_tokenizer.main, ["--clip", toy / "clip", "--out", toy / "clip"], monkeypatch, capsys)
@@ -70,7 +69,7 @@ def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, mo
             stage1.main, [*words, "--out", tmp_path, *more], monkeypatch, capsys)
 
 
-def test_a_run_goes_on_as_what_it_was(toy, pretrain, base):  # noqa: F811
+def test_a_run_goes_on_as_what_it_was(toy, pretrain, base):
     before = (base / "recipe.json").read_text()
     for words, sentence in (("--no-bridge", "no_bridge False, now True"), ("--bridge-rank 4", "bridge_rank 8, now 4"),
                             ("--steps 2", "this run has made 6 already")):

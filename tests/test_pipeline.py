@@ -7,49 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import run
+from scripts import TOKENIZER, log, run
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-TOKENIZER = ("--select-layers 2 4 --embed-dim 64 --codebook-size 256 --z-channels 64 --ch 32 --ch-mult 1 1 1 1 "
-             "--num-res-blocks 1 --num-attn-heads 2 --attn-resolutions 7 --batch 8 --warmup 1 --lr 1e-3")
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    path = tmp_path_factory.mktemp("toy")
-    run("toy.py", "--out", path, "--captions 60 --chats 40 --questions 46 --llama-steps 3 --clip-steps 3")
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(toy):
-    run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
-        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
-    return toy / "tokenizer"
-
-
-@pytest.fixture(scope="module")
-def pretrain(toy, tokenizer):
-    """-> the options of a small pretraining run"""
-    return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
-            toy / "chats/images", "--steps 7 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
-
-
-@pytest.fixture(scope="module")
-def base(toy, pretrain):
-    run("pretrain.py", *pretrain, "--out", toy / "pretrain")
-    return toy / "pretrain"
-
-
-@pytest.fixture(scope="module")
-def tuned(toy, base):
-    run("sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images", "--out",
-        toy / "sft", "--steps 3 --warmup 1 --batch 6 --lr 1e-3")
-    return toy / "sft"
 
 
 def resumed(script, options, folder, copy):
@@ -73,7 +32,8 @@ def resumed(script, options, folder, copy):
 
 def whole_state(checkpoint):
     """Every tensor and number of a checkpoint under its path"""
-    dcp_to_torch_save(checkpoint, checkpoint.parent / "whole.pt")
+    whole = checkpoint.parent / "whole.pt"
+    dcp_to_torch_save(checkpoint, whole)
     found = {}
 
     def walk(value, path):
@@ -81,7 +41,8 @@ def whole_state(checkpoint):
             walk(part, f"{path}/{key}")
         if not isinstance(value, dict):
             found[path] = value
-    walk(torch.load(checkpoint.parent / "whole.pt", weights_only=False), "")
+    walk(torch.load(whole, weights_only=False), "")
+    whole.unlink()
     done = json.loads((checkpoint / "done.json").read_text())
     walk({"data": done["data"], "step": done["step"]}, "done")
     random = torch.load(checkpoint / "random-0.pt", weights_only=False)

@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 from scripts import ROOT, run
-from test_pipeline import base, pretrain, tokenizer, toy, tuned  # noqa: F401
 
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind != "python" for line in block.replace("\\\n", " ").splitlines()]
@@ -21,7 +20,7 @@ def test_commands_are_understood(words, tmp_path, monkeypatch):
     importlib.import_module(words[at][:-3]).options().parse_args(words[at + 1:])
 
 
-def test_commands_on_the_demo_run(toy, base, tuned, tmp_path):  # noqa: F811
+def test_commands_on_the_demo_run(toy, base, tuned, tmp_path):
     ran = 0
     for words in COMMANDS:
         if words[0] == "python" and any("runs/toy" in word for word in words):
@@ -35,7 +34,7 @@ def test_commands_on_the_demo_run(toy, base, tuned, tmp_path):  # noqa: F811
     assert ran >= 4
 
 
-def test_the_python_runs(toy, base, tuned, capsys):  # noqa: F811
+def test_the_python_runs(toy, base, tuned, capsys):
     snippets = [block for kind, block in BLOCKS if kind == "python"]
     for code in snippets:
         exec(code.replace("runs/toy", str(toy)), {})

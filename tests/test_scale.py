@@ -6,8 +6,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from scripts import run
-from test_pipeline import base, log, pretrain, tokenizer, toy  # noqa: F401
+from scripts import log, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +29,7 @@ def same(one, two, bar=1e-5):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
-def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):  # noqa: F811
+def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):
     run("pretrain.py", *pretrain, "--micro-batch 1 --engine", kind, "--out", tmp_path, processes=2)
     for one, two in zip(log(base), log(tmp_path), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
@@ -38,7 +37,7 @@ def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind): 
     same(base, tmp_path)
 
 
-def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path, monkeypatch):  # noqa: F811
+def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path, monkeypatch):
     """One process with one pass; two with four passes each, as replicas and in shares: 1e-6 of each tensor's norm"""
     found = {}
     for name, words, processes in (("one", "", 1), ("ddp", "--micro-batch 1 --engine ddp", 2),
@@ -52,7 +51,7 @@ def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path, mon
         assert all((one - other).norm() <= 1e-6 * one.norm() for other in others)
 
 
-def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):  # noqa: F811
+def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     """Two processes with all in shares, then one process alone, then two replicas: as one process throughout"""
     words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
              "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2"]
@@ -68,7 +67,7 @@ def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):  # noqa: F811
     same(tmp_path / "one", tmp_path / "two")
 
 
-def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F811
+def test_one_process_in_shares_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -81,14 +80,14 @@ def test_one_process_in_shares_and_export(pretrain, base, tmp_path):  # noqa: F8
 
 @pytest.mark.parametrize("words, processes", [("--engine fsdp", 1), ("--micro-batch 1", 1),
                                               ("--engine zero --micro-batch 1", 2)])
-def test_offload(pretrain, base, tmp_path, words, processes):  # noqa: F811
+def test_offload(pretrain, base, tmp_path, words, processes):
     run("pretrain.py", *pretrain, "--offload", words, "--out", tmp_path, processes=processes)
     same(base, tmp_path)
     said = run("pretrain.py", *pretrain, "--offload --engine ddp --out", tmp_path / "no", ok=False)
     assert "give --engine zero or fsdp" in said
 
 
-def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):  # noqa: F811
+def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):
     entries = json.loads((toy / "chats/chat.json").read_text())
     for number, entry in enumerate(entries):
         if number % 3:                                    # most samples are words alone
@@ -146,12 +145,14 @@ def test_compiled_layers_serve_every_batch():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
-def test_compiled_training(pretrain, base, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_training(pretrain, tmp_path, monkeypatch):
+    """Two steps: sizes as they are, then sizes left open; and the sample at the end, without gradients"""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))    # a kill leaves half a file in torch's
-    run("pretrain.py", *pretrain, "--compile --out", tmp_path)
-    for one, two in zip(log(base), log(tmp_path), strict=True):
+    for name, more in (("plain", ""), ("compiled", "--compile")):
+        run("pretrain.py", *pretrain, "--steps 2", more, "--out", tmp_path / name)
+    for one, two in zip(log(tmp_path / "plain"), log(tmp_path / "compiled"), strict=True):
         assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
-    same(base, tmp_path, 1e-4)                            # other kernels round otherwise
+    same(tmp_path / "plain", tmp_path / "compiled", 1e-4)                     # other kernels round otherwise
 
 
 @pytest.mark.parametrize("tune", [False, True])

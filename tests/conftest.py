@@ -1,0 +1,37 @@
+"""What many tests start from: a small toy world and the folders of its stages, made once for each process of tests."""
+import pytest
+from scripts import TOKENIZER, run
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    run("toy.py", "--out", path, "--captions 60 --chats 40 --questions 46 --llama-steps 3 --clip-steps 3")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(toy):
+    run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
+        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
+    return toy / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def pretrain(toy, tokenizer):
+    """-> the options of a small pretraining run"""
+    return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
+            toy / "chats/images", "--steps 7 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
+
+
+@pytest.fixture(scope="session")
+def base(toy, pretrain):
+    run("pretrain.py", *pretrain, "--out", toy / "pretrain")
+    return toy / "pretrain"
+
+
+@pytest.fixture(scope="session")
+def tuned(toy, base):
+    run("sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images", "--out",
+        toy / "sft", "--steps 3 --warmup 1 --batch 6 --lr 1e-3")
+    return toy / "sft"
