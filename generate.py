@@ -71,6 +71,9 @@ def main():
             if getattr(args, name) is not None]
     refuse(args, jobs)
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
+    for path in (args.batch, args.complete, args.reconstruct):
+        if path is not None and os.path.realpath(path) == os.path.realpath(args.out):
+            raise UserError(f"{path} is read, and would be written over: give another --out")
     if args.temperature is None:
         args.temperature = 1.0 if args.draw is not None or args.complete is not None else 0.0
     device = usable(args.device)

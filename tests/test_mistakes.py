@@ -48,6 +48,8 @@ def said(main, words, monkeypatch, capsys):
     (generate.main, "question --out x.png", "--out belongs to"),
     (generate.main, "README.md", "the question is the name of a file"),
     (generate.main, "--batch nowhere.jsonl", "nowhere"),
+    (generate.main, "--batch README.md --out ./README.md", "README.md is read, and would be written over"),
+    (generate.main, "--complete out.png", "out.png is read, and would be written over"),
     (data.main, "tests", "tests is a folder"),
     (data.main, "{5..2}.tar", "stands for no file")])
 def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):

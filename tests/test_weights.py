@@ -313,18 +313,18 @@ sys.path.insert(0, sys.argv[1])
 import torch, model
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-with torch.device("meta"):
-    model.Libra(model.LibraConfig(num_hidden_layers=1))   # what torch loads when it is first used
 before = peak()
 m = model.load(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
 total = sum(float(p.detach().sum()) for p in m.parameters())
-print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in m.parameters()), total]))
+print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in m.parameters()), total,
+                  [name for name in ("torch._dynamo", "sympy") if name in sys.modules]]))
 """
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_never_holds_the_weights_twice(tmp_path, dtype):
-    """Every weight is read, so that mapped pages count too. bfloat16 is cast shard by shard."""
+    """Every weight is read, so that mapped pages count too. bfloat16 is cast shard by shard. torch's compiler, which
+    takes seconds to import, is left alone."""
     c = LibraConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16)
     torch.manual_seed(0)
     model = Libra(c)
@@ -338,8 +338,8 @@ def test_loading_never_holds_the_weights_twice(tmp_path, dtype):
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", PEAK, root, str(tmp_path), dtype]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, size, total = json.loads(run.stdout.splitlines()[-1])
+    peak, size, total, compiler = json.loads(run.stdout.splitlines()[-1])
     print(f"{dtype}: peak {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB of weights, {peak / size:.2f} x")
-    assert peak <= (1.15 if dtype == "float32" else 1.6) * size
+    assert peak <= (1.15 if dtype == "float32" else 1.6) * size and not compiler
     expected = sum(float(p.detach().to(getattr(torch, dtype)).sum()) for p in model.parameters())
     assert abs(total - expected) < 1e-3 * abs(expected)
