@@ -153,9 +153,6 @@ def select(tensors, dtype=None, keep=lambda name: name):
     return chosen
 
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 class Unfilled(TorchFunctionMode):
     """New weights are not drawn: where they have no memory, torch loads its whole compiler to draw nothing."""
 
@@ -168,6 +165,9 @@ def shapes_only():
     """What is built here has names and shapes, no memory (torch's meta device)."""
     with torch.device("meta"), Unfilled():
         yield
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def assign(module, tensors, source, may_lack=()):

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
                               "torch.utils.data", "PIL.Image", "safetensors.torch", "sentencepiece", "tqdm"])

@@ -1,11 +1,8 @@
 """Small models and folders for the tests: the real classes at sizes that take milliseconds."""
-import sys
 from pathlib import Path
 
 import sentencepiece
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import LibraConfig
 from model import Libra, Tokenizers
