@@ -19,9 +19,8 @@ LIMIT = --limit 8
 endif
 
 # The recipes of the small world. Those of the paper are the scripts' defaults.
-TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --select-layers 1 3 --embed-dim 128 --codebook-size 256 \
-	--z-channels 128 --ch 32 --ch-mult 1 1 2 2 --num-res-blocks 0 --num-attn-heads 2 --attn-resolutions 7 \
-	--entropy-weight 1 --l2-weight 5 --clip-weight 2 --disc-start 1780 --disc-weight 0.2 --sample-every 500
+TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --entropy-weight 1 --l2-weight 5 --clip-weight 2 \
+	--disc-start 1780 --disc-weight 0.2 --sample-every 500
 PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 

@@ -39,6 +39,7 @@ from products import product
 from streams import Streams
 from text import IMG, Text, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
+from train_tokenizer import DEMO
 from weights import UserError, shapes_only
 
 SIZES = {
@@ -262,9 +263,7 @@ def eye_sizes(size):
     return {"clip": CLIP_L} if size != "tiny" else {
         "clip": CLIP_L | {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
                           "image_size": 56, "patch_size": 8},
-        "resolution": 56, "grid": 7, "select_layers": [1, 3], "embed_dim": 128, "codebook_size": 256,
-        "z_channels": 128, "ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 0, "num_attn_heads": 2,
-        "attn_resolutions": [7]}
+        "resolution": 56, "grid": 7} | DEMO
 
 
 def tokenizer_rows(bench, size):

@@ -160,6 +160,9 @@ NUMBERS = {"embed_dim": "channels in front of the quantizer and behind it", "cod
 LISTS = {"select_layers": "states of the CLIP that make up the signal; 0: its embedding",
          "ch_mult": "channels of each level, full resolution first, times --ch",
          "attn_resolutions": "sides of the levels that have attention"}
+PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
+DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
+        "num_attn_heads": 2, "num_res_blocks": 0, "ch_mult": (1, 1, 2, 2), "attn_resolutions": (7,)}    # for 56 pixels
 
 
 def options():
@@ -173,18 +176,15 @@ def options():
                    help="what paths in JSON files are relative to")
     g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; without them only L1")
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
-    g = parser.add_argument_group("the tokenizer (the published sizes)")
-    published = {field.name: field.default for field in fields(ImageTokenizerConfig)}
-    for name, words in NUMBERS.items():
-        g.add_argument("--" + name.replace("_", "-"), type=bounded(int, 0 if name == "num_res_blocks" else 1),
-                       default=published[name], help=words)
-    g.add_argument("--quantizer", choices=("lfq", "vq"), default=published["quantizer"],
+    g = parser.add_argument_group("the tokenizer (None: as published, or as in `make demo` over a CLIP of 56 pixels)")
+    for name, words in (NUMBERS | LISTS).items():
+        g.add_argument("--" + name.replace("_", "-"), nargs="+" if name in LISTS else None,
+                       type=bounded(int, 0 if name in ("num_res_blocks", "select_layers") else 1),
+                       help=words + "; None: " + " or ".join(shown(s[name]) for s in (PUBLISHED, DEMO) if name in s))
+    g.add_argument("--quantizer", choices=("lfq", "vq"), default=PUBLISHED["quantizer"],
                    help="vq: learned tables, the baseline that fails in Fig. 2")
-    g.add_argument("--encoder", choices=("clip", "scratch"), default=published["encoder"],
+    g.add_argument("--encoder", choices=("clip", "scratch"), default=PUBLISHED["encoder"],
                    help="scratch: the VQGAN's own, trained along, at the CLIP's resolution (Table 3 g)")
-    for name, words in LISTS.items():
-        g.add_argument("--" + name.replace("_", "-"), type=bounded(int, 0 if name == "select_layers" else 1), nargs="+",
-                       default=published[name], help=words)
     g = parser.add_argument_group("losses")
     g.add_argument("--disc-start", type=NATURAL, default=20_000, help="step at which the discriminator joins")
     g.add_argument("--disc-weight", type=bounded(float, 0), default=0.8,
@@ -203,8 +203,15 @@ def options():
     return parser
 
 
+def shown(size):
+    return " ".join(map(str, size)) if isinstance(size, tuple) else str(size)
+
+
 def new_tokenizer(args, clip):
-    """A tokenizer of these options over a CLIP of these sizes, all of it new"""
+    """A tokenizer of these options over a CLIP of these sizes, all of it new. Sizes left open are filled in."""
+    usual = PUBLISHED | DEMO if clip["image_size"] == 56 else PUBLISHED
+    for name in (*NUMBERS, *LISTS):
+        setattr(args, name, usual[name] if getattr(args, name) is None else getattr(args, name))
     tokenizer = ImageTokenizer(ImageTokenizerConfig(
         clip=clip, resolution=clip["image_size"], grid=clip["image_size"] // clip["patch_size"],
         **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer", "encoder")}))

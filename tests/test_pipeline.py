@@ -2,12 +2,14 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import TOKENIZER, log, run
+from scripts import ROOT, TOKENIZER, log, run, split
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 
@@ -62,6 +64,15 @@ def test_other_tokenizers(toy, tmp_path, words):
     tensors = load_file(tmp_path / "p/image_tokenizer/model.safetensors")
     assert ("quantize.tables" in tensors) == ("vq" in words)
     assert ("encoder.conv_in.weight" in tensors) == ("scratch" in words)
+
+
+@pytest.mark.parametrize("script", ["train_tokenizer.py", "pretrain.py", "sft.py"])
+def test_without_paths_and_sizes_a_trainer_works_on_the_toy_world(toy, tuned, tmp_path, script):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/toy").symlink_to(toy)
+    subprocess.run([sys.executable, ROOT / script, *split(["--steps 1 --warmup 0 --batch 2 --out out"])], cwd=tmp_path,
+                   check=True)
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_tokenizer_stage(toy, tokenizer):
