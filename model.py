@@ -128,7 +128,8 @@ class Attention(nn.Module):
     def meet(self, q, views, streams, rope, cache, layer):
         """Both modalities in sequence order: RoPE, the cache, attention. -> [(n_text, .), (n_image, .)]"""
         def heads(pair):                                                                      # -> (B, H, L, d)
-            return streams.join(pair).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            x = streams.join(pair)
+            return x.view(x.size(0), x.size(1), -1, self.config.head_dim).transpose(1, 2)
         queries, mask = rotate(heads(q), rope), None
         views = {modality: (rotate(heads(k), rope), heads(v)) for modality, (k, v) in views.items()}
         if cache is not None:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 def product(x, weight):
     """x (n, in), weight (out, in) -> x W^T (n, out)"""
-    if torch.is_grad_enabled() or x.device.type != "cpu":  # first: a compiled layer must not ask for n
+    if torch.is_grad_enabled() or not x.is_cpu:           # first: a compiled layer must not ask for n
         return F.linear(x, weight)
-    n, (size_out, size_in) = x.shape[0], weight.shape
-    if n > MOST_ROWS or size_out * size_in < 2 ** 18:     # a small matrix stays in the CPU's caches
+    n = x.size(0)
+    if n > MOST_ROWS or weight.numel() < 2 ** 18:         # a small matrix stays in the CPU's caches
         return F.linear(x, weight)
     return fastest(n, x.dtype)(x, weight)
 
@@ -27,22 +27,20 @@ MOST_ROWS = 16
 
 def in_blocks(weight):
     """(out, in) -> (16, out / 16, in), or fewer blocks where 16 does not divide out"""
-    size_out, size_in = weight.shape
-    many = math.gcd(size_out, 16)
-    return weight.view(many, size_out // many, size_in)
+    return weight.view(math.gcd(weight.size(0), 16), -1, weight.size(1))
 
 
 def rows_by_blocks(x, weight):
     """x times every block of W^T, side by side"""
     blocks = in_blocks(weight)
-    y = torch.bmm(x.expand(blocks.shape[0], *x.shape), blocks.mT)                             # (16, n, out / 16)
-    return (y if x.shape[0] == 1 else y.transpose(0, 1)).reshape(x.shape[0], weight.shape[0])
+    y = torch.bmm(x.expand(blocks.size(0), -1, -1), blocks.mT)                                # (16, n, out / 16)
+    return y.view(1, -1) if x.size(0) == 1 else y.transpose(0, 1).flatten(1)
 
 
 def columns_by_blocks(x, weight):
     """(W x^T)^T, every block of W times the columns x^T"""
     blocks = in_blocks(weight)
-    return torch.bmm(blocks, x.t().expand(blocks.shape[0], *x.t().shape)).view(-1, x.shape[0]).t()
+    return torch.bmm(blocks, x.t().expand(blocks.size(0), -1, -1)).view(-1, x.size(0)).t()
 
 
 @functools.cache

@@ -31,11 +31,12 @@ class Streams:
     image_rows: torch.Tensor    # (m_image,) image tokens that do: their target is the next row of image_ids
 
     def __post_init__(self):
-        """What every layer asks. whole: no padding. spans: for each modality its stretches where all rows have the same
-        (those of images in all of pretraining), else None. usual: all rows are text, an image, text, cut alike; then
-        seen (text positions, L) bool: the keys that their queries see, for compiled layers."""
+        """What every layer asks. whole: no padding. only_text: nor images. spans: for each modality its stretches where
+        all rows have the same (those of images in all of pretraining), else None. usual: all rows are text, an image,
+        text, cut alike; then seen (text positions, L) bool: the keys that their queries see, for compiled layers."""
         rows, cuts = self.groups[0]
         self.whole = sum(self.lengths) == len(self.lengths) * self.length
+        self.only_text = self.whole and IMAGE not in self.asking
         self.spans = [[(start, end) for kind, start, end in cuts if kind == modality] if alike else None
                       for modality, alike in ((TEXT, rows is None and self.whole), (IMAGE, rows is None))]
         self.usual = rows is None and [kind for kind, _, _ in cuts] == [TEXT, IMAGE, TEXT]
@@ -77,13 +78,13 @@ class Streams:
     def join(self, streams):
         """[(n_text, W), (n_image, W)] -> (B, L, W) in sequence order, zero at padding"""
         text, image = streams
-        if image is None and len(self.text_at) == len(self.lengths) * self.length:
+        if self.only_text and image is None:
             return text.view(len(self.lengths), self.length, -1)
         return Join.apply(text, image, *self.is_image.shape, self.places())
 
     def split(self, x, like):
         """(B, L, W) -> [(n_text, W), (n_image, W)]; None where `like` is"""
-        if like[IMAGE] is None and len(self.text_at) == len(self.lengths) * self.length:
+        if self.only_text and like[IMAGE] is None:
             return [x.flatten(0, 1), None]
         return list(Split.apply(x, self.places(), *(y is not None for y in like)))
 
