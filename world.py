@@ -126,11 +126,11 @@ def full_caption(scene):
 
 
 def beside(a, b):
-    """How a stands to b where they share a row or a column of the grid"""
+    """How a stands to b where they share a row or a column of the grid; nothing stands beside itself"""
     (ya, xa), (yb, xb) = divmod(a[3], 2), divmod(b[3], 2)
-    if ya == yb:
+    if ya == yb and xa != xb:
         return "left of" if xa < xb else "right of"
-    if xa == xb:
+    if xa == xb and ya != yb:
         return "above" if ya < yb else "below"
     return None
 
