@@ -80,7 +80,7 @@ class Rotate(torch.autograd.Function):
 
 
 def rotate(x, rope):
-    cos, sin = rope if rope[0].dtype == x.dtype else (t.to(x.dtype) for t in rope)
+    cos, sin = (t.to(x.dtype) for t in rope)
     return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 

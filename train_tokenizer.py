@@ -207,11 +207,17 @@ def shown(size):
     return " ".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
-def new_tokenizer(args, clip):
-    """A tokenizer of these options over a CLIP of these sizes, all of it new. Sizes left open are filled in."""
+def fill_in(args, clip):
+    """The sizes that were left open"""
     usual = PUBLISHED | DEMO if clip["image_size"] == 56 else PUBLISHED
     for name in (*NUMBERS, *LISTS):
-        setattr(args, name, usual[name] if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, usual[name])
+
+
+def new_tokenizer(args, clip):
+    """A tokenizer of these options over a CLIP of these sizes, all of it new"""
+    fill_in(args, clip)
     tokenizer = ImageTokenizer(ImageTokenizerConfig(
         clip=clip, resolution=clip["image_size"], grid=clip["image_size"] // clip["patch_size"],
         **{name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer", "encoder")}))
