@@ -35,7 +35,7 @@ from generation import generate
 from measure import HEAD, Bench
 from model import Libra, Tokenizers
 from plan import CLIP_L, flops_of
-from products import product
+from products import product, together
 from streams import Streams
 from text import IMG, Text, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -181,10 +181,13 @@ def decode_rows(bench, size, tokens=32):
     signal = torch.randn(1, model.config.image_tokens - 2, model.config.contiguous_signal_size).to(
         bench.device, bench.dtype)
     ours = decoding(bench, model, [ids], signal, tokens)
-    weights = [module.weight for block in model.model.layers for module in (*block.self_attn.children(),
-               *block.mlp.children()) if isinstance(module, nn.Linear)] + [model.lm_head.weight]
-    seen = [(w, (1, w.shape[1]), False, None) for w in weights]
-    stock, best = (alone(weights[0], seen, False, multiply) for multiply in (None, product))
+    model.lay()                                           # our way: one product for weights of one input
+    rest = [w for block in model.model.layers for w in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight)]
+    rest, groups = rest + [model.lm_head.weight], list(model.of_one_input())
+    weights, joints = [*sum(groups, []), *rest], [together(group) for group in groups]
+    ours_of = rest + [w for joint, group in zip(joints, groups) for w in (group if joint is None else [joint])]
+    stock, best = (alone(weights[0], [(w, (1, w.shape[1]), False, None) for w in some], False, multiply)
+                   for multiply, some in ((None, weights), (product, ours_of)))
     size_of = sum(w.numel() * w.element_size() for w in weights)
     vector = torch.randn(min(size_of, 2 ** 31) // 4, device=bench.device)
 

@@ -180,6 +180,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     cache = Cache(c, len(prompts), longest + max_new_tokens, views, like)
     sampler = Sampler(len(prompts), **sampling)
     done = torch.zeros(len(prompts), dtype=torch.bool)
+    model.lay()
     hidden = model.prefill(Streams.of(prompts, c).to(like.device), signal, cache)
     steps = {}                                            # for each pattern of modalities
     for step in range(max_new_tokens):

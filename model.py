@@ -22,7 +22,7 @@ from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
 from elementwise import normalize, rope_table, rotate, swiglu
 from generation import generate, see
-from products import product
+from products import MOST_ROWS, lay, product, together
 from streams import IMAGE
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
@@ -40,6 +40,20 @@ def route(module, name, x):
     own = getattr(module, name)
     return [None if text is None else own(text),
             None if image is None else getattr(module, "vision_" + name, own)(image)]
+
+
+def route_all(module, names, x):
+    """`route` for several weights of one input -> a pair for each. In decoding the LLaMA's are one product, for
+    generation has laid them side by side in memory."""
+    (text, image), joint = x, None
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or text is None or text.size(0) > MOST_ROWS):
+        own = [getattr(module, name) for name in names]
+        if all(type(f) is Linear and not f._forward_hooks for f in own):                      # nobody looks on
+            joint = together([f.weight for f in own])
+    if joint is None:
+        return [route(module, name, x) for name in names]
+    parts = product(text, joint).split([f.out_features for f in own], dim=-1)
+    return [[part, route(module, name, [None, image])[1]] for part, name in zip(parts, names)]
 
 
 def plus(x, y):
@@ -112,7 +126,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x, streams, rope, cache=None, layer=0):
-        q, k, v = (route(self, f"{name}_proj", x) for name in "qkv")                          # Eq. 1
+        q, k, v = route_all(self, ("q_proj", "k_proj", "v_proj"), x)                          # Eq. 1
         views = {}
         for modality in streams.asking if cache is None else sorted({*streams.asking, *cache.keys}):
             views[modality] = self.seen_by(modality, x, k, v)
@@ -156,7 +170,7 @@ class FFN(nn.Module):
             self.vision_down_proj = LowRank(c.intermediate_size, c.hidden_size, c.hidden_size // c.vision_down_ratio)
 
     def forward(self, x):
-        gate, up = route(self, "gate_proj", x), route(self, "up_proj", x)
+        gate, up = route_all(self, ("gate_proj", "up_proj"), x)
         return route(self, "down_proj", [None if g is None else swiglu(g, u) for g, u in zip(gate, up)])
 
 
@@ -301,6 +315,19 @@ class Libra(nn.Module):
         """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
         text, image = self(streams, signal)
         return (text + image.mean()) / (len(streams.text_rows) + len(streams.image_rows))
+
+    def lay(self):
+        """Weights of one input side by side, for decoding: once, it costs a copy"""
+        with torch.inference_mode(False), torch.no_grad():                                    # they may learn again
+            for several in self.of_one_input():
+                lay(several)
+
+    def of_one_input(self):
+        """The LLaMA's weights that multiply the same input: Eq. 1's and Eq. 2's"""
+        for block in self.model.layers:
+            a, f = block.self_attn, block.mlp
+            yield [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]
+            yield [f.gate_proj.weight, f.up_proj.weight]
 
     def prefill(self, streams, signal, cache):
         """Read the prompts and fill the cache. -> the hidden state of each row's last token (B, D)"""

@@ -1,7 +1,8 @@
-"""The product of a few rows with a matrix: where decoding on a CPU spends its time, reading weights.
+"""The product of a few rows with a matrix: where decoding spends its time, reading weights.
 
-Libraries differ: one reads a matrix for a vector at the memory's full speed, another at half of it, and twice as fast
-when it is asked for many blocks of the matrix at once. So the ways are timed, once, where they run.
+On a CPU libraries differ: one reads a matrix for a vector at the memory's full speed, another at half of it, and twice
+as fast when it is asked for many blocks of the matrix at once. So the ways are timed, once, where they run. And one
+large product is faster than several small ones: weights of one input can be laid side by side.
 """
 import functools
 import math
@@ -41,6 +42,29 @@ def columns_by_blocks(x, weight):
     """(W x^T)^T, every block of W times the columns x^T"""
     blocks = in_blocks(weight)
     return torch.bmm(blocks, x.t().expand(blocks.size(0), -1, -1)).view(-1, x.size(0)).t()
+
+
+def lay(weights):
+    """Move weights of one input side by side in memory, where `together` finds them. What does not gain by it stays
+    where it is: on a CPU matrices of many megabytes, in a file that is mapped perhaps."""
+    if together(weights) is None and (weights[0].is_cuda or sum(w.numel() for w in weights) < 2 ** 23):
+        joint = torch.cat([w.data for w in weights])
+        for weight, part in zip(weights, joint.split([len(w) for w in weights])):
+            weight.data = part
+        if joint.is_cuda:
+            torch.cuda.empty_cache()                      # the places they left fit no other joint
+
+
+def together(weights):
+    """-> weights (out, in) that lie side by side as one (sum of out, in), without a copy; else None"""
+    first, rows, end = weights[0], 0, weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.dtype != first.dtype or not weight.is_contiguous():
+            return None
+        rows, end = rows + weight.size(0), end + weight.nbytes
+    if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():           # neighbours by chance
+        return None
+    return first.as_strided((rows, first.size(1)), (first.size(1), 1))
 
 
 @functools.cache

@@ -8,11 +8,12 @@ import torch
 import attention
 from config import LibraConfig
 from elementwise import normalize, rope_table, swiglu
+from generation import generate
 from model import Block, Libra, RMSNorm, cross_entropy
-from products import columns_by_blocks, fastest, product, rows_by_blocks
+from products import columns_by_blocks, fastest, lay, product, rows_by_blocks, together
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
-from weights import UserError
+from weights import UserError, read_tensors, save_tensors
 
 
 def rms(x, layer):
@@ -424,3 +425,31 @@ def test_products_of_a_few_rows(rows, size):
             torch.testing.assert_close(way(x, weight), x @ weight.T)
         assert fastest(rows, x.dtype) in (torch.nn.functional.linear, rows_by_blocks, columns_by_blocks)
     assert fastest.cache_info().currsize
+
+
+def test_weights_side_by_side(tmp_path):
+    """Generation moves weights next to each other: their values, what they learn and their file stay as they were"""
+    model, prompt = tiny.libra().eval(), tiny.text_ids(tiny.config(), 5)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    own, f = torch.stack(list(generate(model, [prompt], None, 6))), model.model.layers[1].mlp
+    assert together([f.gate_proj.weight, f.up_proj.weight]).equal(
+        torch.cat([before[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")]))
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    streams = Streams.of([prompt], model.config, counted=[torch.arange(5) > 1])
+    model.loss(streams).backward()
+    assert f.up_proj.weight.grad.abs().sum() > 0 and not f.up_proj.weight.is_inference()
+    save_tensors(tmp_path / "model.safetensors", model.state_dict())
+    assert all(t.equal(before[name]) for name, t in read_tensors(tmp_path / "model.safetensors").items())
+    with torch.no_grad():                                 # one that is given anew is not taken for the old one
+        f.up_proj.weight = torch.nn.Parameter(torch.zeros_like(f.up_proj.weight))
+        assert together([f.gate_proj.weight, f.up_proj.weight]) is None
+        alone = model.logits(streams)[0]
+        assert not torch.stack(list(generate(model, [prompt], None, 6))).equal(own)
+        torch.testing.assert_close(model.logits(streams)[0], alone)
+    wide = torch.empty(6, 4)
+    assert together([wide[:2], wide[2:]]) is not None and together([wide[:2], wide[3:]]) is None
+    assert together([wide[:2], wide.new_empty(4, 4)]) is None and together([wide.T[:2], wide.T[2:]]) is None
+    large = [torch.empty(2 ** 11, 2 ** 11), torch.empty(2 ** 11, 2 ** 11)]              # stay, in a mapped file perhaps
+    places = [w.data_ptr() for w in large]
+    lay(large)
+    assert [w.data_ptr() for w in large] == places
