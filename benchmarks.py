@@ -47,7 +47,8 @@ def read(task, images, *paths):
 def score(task, items, answers):
     """-> {score, metric, parts: {name: number}, unparsed: in how many answers the rule found nothing}"""
     if any(item["truth"] is None for item in items):
-        return {"score": None, "metric": "not scored here: submit the answers", "parts": {}, "unparsed": 0}
+        return {"score": None, "metric": "not scored here: no right answers in --data; submit these",
+                "parts": {}, "unparsed": 0}
     return TASKS[task][2](items, answers)
 
 

@@ -33,10 +33,10 @@ FAILURES = (OSError, RuntimeError, CheckpointException)   # torch wraps what the
 FREE = {"out", "resume", "export", "steps", "save_every", "sample_every", "keep", "seed", "lr", "warmup", "betas",
         "weight_decay", "clip_norm", "batch", "micro_batch", "device", "dtype", "workers", "max_bad", "timeout", "data",
         "images", "deterministic", "tensorboard", "engine", "checkpoint_activations", "offload", "compile", "peak",
-        "plan", "nproc", "memory", "tflops", "text_tokens", "max_length"}
+        "plan", "nproc", "memory", "tflops", "text_tokens"}
 # those that may too, but with a word: folders may have moved, what is learned may be shifted; all others make the model
 SAID = {"llm", "image_tokenizer", "model", "clip_folder", "vgg", "lpips", "text_to_image", "no_caption_end",
-        "disc_start", "disc_weight", "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
+        "max_length", "disc_start", "disc_weight", "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
 
 
 class Checkpoints:

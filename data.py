@@ -409,11 +409,11 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
 
 # ---------------------------------------------------------------- looking at a dataset before a run
 
-def check(files, images, llm, most, max_length):
+def check(files, images, llm, most, max_length, grid):
     """Print what the readers make of up to --limit samples of each file: kinds, sizes, lengths, what cannot be used and
     why, three examples of a file with the text that counts in [brackets]."""
     text = Text(Path(llm) / "tokenizer.model")
-    config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
+    config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline, image_feature_resolution=grid)
     recipe, bad, sizes, lengths, examples = Recipe(text, config, 14, max_length), Counter(), [], [], []
     for path in expand(files):
         source, shown = open_source(path, images), 0
@@ -459,12 +459,15 @@ def label(text, ids, counted):
 def main():
     parser = argparse.ArgumentParser(description=check.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
-    parser.add_argument("--images", metavar="DIR", default=".", help="what image paths in JSON files are relative to")
+    parser.add_argument("--images", metavar="DIR", default="runs/toy/chats/images",
+                        help="what image paths in JSON files are relative to")
     parser.add_argument("--llm", metavar="DIR", default="runs/toy/llama", help="folder with tokenizer.model")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
+    parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",
+                        help="a picture has G x G tokens, BOI and EOI; 24 as published, the toy world's 7")
     args = parser.parse_args()
-    check(args.files, args.images, args.llm, args.limit, args.max_length)
+    check(args.files, args.images, args.llm, args.limit, args.max_length, args.grid)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
                        help="of the device, to log the share reached; None: "
                        "by the GPU's name")
     g = parser.add_argument_group("the plan")
-    g.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end")
+    g.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and hours, and end; of "
+                   "the paper's sizes where no folders are named")
     g.add_argument("--nproc", type=POSITIVE, default=8, help="GPUs")
     g.add_argument("--memory", type=bounded(float, above=0), default=80, metavar="GB", help="of a GPU")
     g.add_argument("--tflops", type=bounded(float, above=0), default=150,
@@ -99,8 +100,12 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
 
 
 def refuse(args):
-    """--out is not to be one of the folders that are read, nor a finished model that no --resume can go on with."""
+    """--out is not to be a file, nor one of the folders that are read, nor a finished model that no --resume can go on
+    with."""
     out = Path(args.out).resolve()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {args.out}: {there} is a file; expected a folder, there or to be made")
     for name in ("llm", "image_tokenizer", "model", "clip_folder"):
         if getattr(args, name, None) and Path(getattr(args, name)).resolve() == out:
             raise UserError(f"--out {args.out} is the folder that --{name.removesuffix('_folder').replace('_', '-')} "

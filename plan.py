@@ -45,6 +45,10 @@ def sizes(llm, image_tokenizer, **changes):
               "image_feature_resolution": eye.grid, "contiguous_signal_size": eye.signal_size}
     config = LibraConfig.from_file(Path(llm) / "config.json", visual, **changes) if llm else (
         LibraConfig(**visual, **changes))
+    if config.image_tokens + 2 > config.max_position_embeddings:
+        raise UserError(f"a picture has {config.image_tokens} tokens, {llm or 'this model'} takes "
+                        f"{config.max_position_embeddings} in all: name an image tokenizer with a smaller grid "
+                        "(pretrain.py --image-tokenizer)")
     return config, eye
 
 

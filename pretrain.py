@@ -19,10 +19,11 @@ import engine
 import plan
 from checkpoints import Checkpoints, Stop
 from command import POSITIVE, TOY, Help, bounded, need, run
+from config import is_llama
 from data import Recipe, loader, open_sources
 from model import Libra
 from tokenizer import to_picture, to_rgb
-from weights import UserError
+from weights import UserError, read_json
 
 
 def options():
@@ -62,6 +63,7 @@ def main():
              "text_to_image": args.text_to_image > 0}
     if args.plan:
         return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer, **sizes), "pretrain")
+    refuse_other_sizes(args.llm, sizes)
     args.llm, args.image_tokenizer = args.llm or TOY / "llama", args.image_tokenizer or TOY / "tokenizer"
     world = engine.start(args)
     model = Libra.from_pretrained(need(args.llm), need(args.image_tokenizer), **sizes)
@@ -70,6 +72,17 @@ def main():
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
                     args.seed, args.text_to_image, not args.no_caption_end, image_loss=not args.language_only)
     train(args, world, model, recipe)
+
+
+def refuse_other_sizes(folder, sizes):
+    """A Libra can be pretrained further as what it is."""
+    path = Path(folder or "") / "config.json"
+    made = read_json(path) if folder and path.is_file() and not is_llama(path) else {}
+    shapes = ("vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets")
+    other = [f"{name} {made[name]}, now {sizes[name]}" for name in shapes if made.get(name, sizes[name]) != sizes[name]]
+    if other:
+        raise UserError(f"--llm {folder} is a Libra already, made with {'; '.join(other)}: give the same options to go "
+                        "on with it, or the folder of its LLaMA to begin anew")
 
 
 def train(args, world, model, recipe):

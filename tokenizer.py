@@ -58,7 +58,8 @@ def open_image(source):
         raise UserError(f"{source}: no such file") from None
     except (Image.DecompressionBombError, *BROKEN) as error:
         source = "a picture in memory" if isinstance(source, io.BytesIO) else source
-        raise UserError(f"{source}: cannot be read as a picture ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{source}: cannot be read as a picture ({why})") from None
 
 
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
@@ -166,11 +167,14 @@ class ClipViT(nn.Module):
 
 def read_clip_sizes(folder):
     """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
-    config = read_json(Path(folder) / "config.json")
+    path, expected = Path(folder) / "config.json", "expected a CLIP folder as clip-vit-large-patch14-336 is one"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json in it; {expected}, with its weights")
+    config = read_json(path)
     config = config.get("vision_config", config)
     lost = [name for name in ClipViT.SIZES if name not in config]
     if lost:
-        raise UserError(f"{folder}/config.json: no {', '.join(lost)}; expected the config of a CLIP vision model")
+        raise UserError(f"{path}: no {', '.join(lost)}; {expected}")
     if (act := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
         raise UserError(f"{folder}/config.json: hidden_act is {act!r}, only quick_gelu (OpenAI's CLIP) is supported")
     return {name: config[name] for name in ClipViT.SIZES} | {"layer_norm_eps": config.get("layer_norm_eps", 1e-5)}
@@ -258,7 +262,7 @@ class ImageTokenizerConfig:
     encoder: str = "clip"                                 # scratch: the VQGAN's own, trained along, Table 3 (g)
 
     def __post_init__(self):
-        check_types(self, "image tokenizer", at_least={"num_res_blocks": 0})
+        check_types(self, "image tokenizer", at_least={"num_res_blocks": 0, "codebook_size": 2})
         if known := set(self.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
             raise UserError(f"image tokenizer: the sizes of its CLIP lack or have too much: {sorted(known)}")
         size, patch = self.clip["image_size"], self.clip["patch_size"]
@@ -271,13 +275,18 @@ class ImageTokenizerConfig:
         for name, known in (("quantizer", list(QUANTIZERS)), ("encoder", ["clip", "scratch"])):
             if getattr(self, name) not in known:
                 raise UserError(f"image tokenizer: {name} is {getattr(self, name)!r}, expected one of {known}")
+        if len(self.ch_mult) < 2:
+            raise UserError(f"image tokenizer: ch_mult {list(self.ch_mult)} has one level, expected two or more: the "
+                            "picture grows from one to the next")
         tables = self.num_codebooks if self.quantizer == "vq" else 1
-        for whole, part, why in ((self.embed_dim, tables, "codebooks of VQ"),
-                                 (self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
-                                 (self.ch, 32, "group norms of 32 channels"),
-                                 (self.ch * self.ch_mult[-1], self.num_attn_heads, "heads of the decoder")):
+        for name, whole, part, why in (
+                ("embed_dim", self.embed_dim, tables, "codebooks of VQ"),
+                ("hidden_size", self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
+                ("ch", self.ch, 32, "group norms of 32 channels"),
+                ("ch times the last of ch_mult", self.ch * self.ch_mult[-1], self.num_attn_heads,
+                 "heads of the decoder, num_attn_heads")):
             if whole % part:
-                raise UserError(f"image tokenizer: {whole} does not divide by {part}: {why}")
+                raise UserError(f"image tokenizer: {name}, {whole}, does not divide by {part}: {why}")
 
     @property
     def signal_size(self):

@@ -160,6 +160,7 @@ NUMBERS = {"embed_dim": "channels in front of the quantizer and behind it", "cod
 LISTS = {"select_layers": "states of the CLIP that make up the signal; 0: its embedding",
          "ch_mult": "channels of each level, full resolution first, times --ch",
          "attn_resolutions": "sides of the levels that have attention"}
+LIMITS = {"num_res_blocks": (0,), "select_layers": (0,), "codebook_size": (2, 2 ** 18)}    # its loss looks at all codes
 PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
 DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
         "num_attn_heads": 2, "num_res_blocks": 0, "ch_mult": (1, 1, 2, 2), "attn_resolutions": (7,)}    # for 56 pixels
@@ -179,7 +180,7 @@ def options():
     g = parser.add_argument_group("the tokenizer (None: as published, or as in `make demo` over a CLIP of 56 pixels)")
     for name, words in (NUMBERS | LISTS).items():
         g.add_argument("--" + name.replace("_", "-"), nargs="+" if name in LISTS else None,
-                       type=bounded(int, 0 if name in ("num_res_blocks", "select_layers") else 1),
+                       type=bounded(int, *LIMITS.get(name, (1,))),
                        help=words + "; None: " + " or ".join(shown(s[name]) for s in (PUBLISHED, DEMO) if name in s))
     g.add_argument("--quantizer", choices=("lfq", "vq"), default=PUBLISHED["quantizer"],
                    help="vq: learned tables, the baseline that fails in Fig. 2")

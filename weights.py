@@ -38,7 +38,7 @@ def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
+        raise UserError(f"{path}: cannot be read as text ({getattr(error, 'strerror', None) or error})") from None
 
 
 def write_json(path, value):

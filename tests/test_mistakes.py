@@ -1,4 +1,5 @@
 """A user's mistakes end in one sentence, before any work is lost: the scripts' own main, with wrong words."""
+import argparse
 import io
 import json
 import sys
@@ -6,6 +7,7 @@ import tarfile
 
 import pytest
 import tiny
+import torch
 from scripts import run
 
 import command
@@ -15,7 +17,10 @@ import generate
 import pretrain as stage1
 import sft
 import train_tokenizer
+from checkpoints import Checkpoints
+from engine import World
 from generation import generate as continued
+from tokenizer import open_image
 from weights import UserError
 
 
@@ -39,6 +44,11 @@ def said(main, words, monkeypatch, capsys):
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
     (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
+    (train_tokenizer.main, "--codebook-size 1", "--codebook-size: 1: expected at least 2 and at most 262144"),
+    (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
+    (train_tokenizer.main, "--plan --ch 33", "ch, 33, does not divide by 32"),
+    (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),
+    (train_tokenizer.main, "--clip tests", "tests: no config.json in it; expected a CLIP folder"),
     (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
     (evaluate.main, "--task gqa --data README.md --out README.md", "README.md is --data too"),
     (evaluate.main, "--task gqa --data README.md --out x.json --submission x.json", "x.json is --data too, or"),
@@ -58,6 +68,26 @@ def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
     (tmp_path / "tests").mkdir()
     words = words.split() + (["--llm", toy / "llama"] if main is data.main else [])
     assert sentence in said(main, words, monkeypatch, capsys)
+
+
+def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, capsys):
+    words = " ".join(map(str, pretrain)).split()
+    for more, sentence in (
+            (["--llm", base, "--bridge-rank", "4"], "is a Libra already, made with bridge_rank 8, now 4"),
+            (["--plan", "--llm", toy / "llama"], "a picture has 578 tokens")):
+        words_here = words if more[0] == "--llm" else []
+        assert sentence in said(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
+    assert "no image_size" in said(
+        train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
+    with pytest.raises(UserError, match="Is a directory"):
+        open_image(tmp_path)
+
+
+def test_another_length_is_said(tmp_path, capsys):
+    args = argparse.Namespace(keep=1, timeout=1, engine="ddp", batch=2, micro_batch=2, max_length=60)
+    checkpoints = Checkpoints(tmp_path, args, World(0, 1, torch.device("cpu"), torch.float32))
+    checkpoints.check("checkpoint-000002", {"max_length": "700"})
+    assert "was trained with max_length 700, now 60" in capsys.readouterr().out
 
 
 def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):

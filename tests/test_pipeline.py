@@ -282,7 +282,8 @@ def test_looking_at_a_dataset(toy, tmp_path):
     entries[1]["image"], entries[2]["conversations"] = "gone.jpg", []
     del entries[3]["conversations"]
     (tmp_path / "chat.json").write_text(json.dumps(entries))
-    said = run("data.py", tmp_path / "chat.json", "--images", toy / "chats/images", "--llm", toy / "llama")
+    said = run("data.py", tmp_path / "chat.json", "--images", toy / "chats/images", "--llm", toy / "llama", "--grid 7")
+    assert "tokens with images of 51" in said
     assert "3 of the 4 samples that were read cannot be used" in said and "no_image: toy-1" in said
 
 
