@@ -31,13 +31,13 @@ from weights import save_tensors, write_json
 
 # ---------------------------------------------------------------- the stand-in LLaMA's text
 
-def training_text(scene, random, text):
+def training_text(scene, random, text, shares=world.SHARES):
     """What the stand-in LLaMA reads: a drawn map where a picture would stand, then a caption or questions on it.
     -> ids, counted"""
     if random.random() < 0.15:
         ids, counted = text.caption(world.caption(scene, random))
     else:
-        ids, counted = text.chat(world.talk(scene, random), SYSTEM if random.random() < 0.3 else "")
+        ids, counted = text.chat(world.talk(scene, random, shares=shares), SYSTEM if random.random() < 0.3 else "")
     words = [text.model.piece_to_id(word) for word in world.map_words(scene)]
     at = ids.index(IMG)
     return ids[:at] + words + ids[at + 1:], counted[:at] + [0] * len(words) + counted[at + 1:]
@@ -184,8 +184,9 @@ def begin_llama(model, text):
     model.lm_head.weight.data.copy_(words)
 
 
-def train_llama(folder, steps, seed, batch=16, lr=3e-3):
-    """A LLaMA that has read drawn maps and the talk about them, so that it can look things up in what it is shown"""
+def train_llama(folder, steps, seed, batch=16, lr=3e-3, first=0.3):
+    """A LLaMA that has read drawn maps and the talk about them, so that it can look things up in what it is shown. In
+    its first part it reads of two things at a time and is asked for what it finds by shape: else it never learns to."""
     text = Text(folder / "tokenizer.model")
     config = LibraConfig(vocab_size=text.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
                          num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, use_expert=False,
@@ -194,10 +195,11 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3):
     model = Libra(config)
     begin_llama(model, text)
     random = np.random.default_rng([seed, 7])
-    source = world.scenes(random, "train")
+    two, all_sorts = world.scenes(random, "train", 2), world.scenes(random, "train")
 
-    def loss():
-        rows = [training_text(next(source), random, text) for _ in range(batch)]
+    def loss(step):
+        source, shares = (two, world.FIRST) if step < first * steps else (all_sorts, world.SHARES)
+        rows = [training_text(next(source), random, text, shares) for _ in range(batch)]
         ids = [torch.tensor(ids)[:, None].expand(-1, config.vision_codebook_num) for ids, _ in rows]
         counted = [torch.tensor(counted, dtype=torch.bool) for _, counted in rows]
         return model.loss(Streams.of(ids, config, counted=counted))
@@ -221,7 +223,7 @@ def train_clip(folder, steps, seed, batch=32, lr=2e-3):
     random = np.random.default_rng([seed, 8])
     source = world.scenes(random, "train")
 
-    def loss():
+    def loss(_):
         shown, labels = [], []
         for _ in range(batch):
             scene = next(source)
@@ -250,7 +252,7 @@ def optimize(what, parameters, layers, loss, steps, lr):
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     bar = tqdm(range(steps), desc=what, mininterval=5)
     for step in bar:
-        value = loss()
+        value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
         rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -307,7 +309,7 @@ def main():
     parser.add_argument("--chats", type=POSITIVE, default=12_000,
                         help="pictures with conversations")
     parser.add_argument("--questions", type=POSITIVE, default=2_000, help="held-out questions")
-    parser.add_argument("--llama-steps", type=POSITIVE, default=1_700,
+    parser.add_argument("--llama-steps", type=POSITIVE, default=1_900,
                         help="updates of the LLaMA")
     parser.add_argument("--clip-steps", type=POSITIVE, default=600, help="updates of the CLIP")
     args = parser.parse_args()
