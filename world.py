@@ -19,6 +19,7 @@ SHAPES = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 THINGS = tuple(itertools.product(SIZES, COLOURS, SHAPES, range(4)))
 NUMBERS = ("no", "one", "two", "three")
+ONE_WORD = (*(f"{colour} object" for colour in COLOURS), *SHAPES)
 UNSEEN = {("green", "triangle"), ("purple", "square")}    # pairs that no training scene shows
 
 
@@ -139,7 +140,8 @@ def questions(scene, random, brief=0.0):
     """-> {kind: list of (question, answer)}: all that can be asked about a scene without ambiguity.
 
     brief: in training, the share of things that are named by their shape alone where that suffices, else by their
-    colour. Named by both, the colour nearly always does, and a small model never learns to find by shape."""
+    colour; so often existence is asked of one word. Named by both, the colour nearly always does, and a small model
+    never learns to find by shape."""
     asked = {kind: [] for kind in KINDS}
     shapes, colours = [t[2] for t in scene], [t[1] for t in scene]
     pairs = {(t[1], t[2]) for t in scene}
@@ -167,6 +169,10 @@ def questions(scene, random, brief=0.0):
         near = [pair for pair in near if pair not in pairs | UNSEEN]                          # never taught as a no
         colour, shape = near[random.integers(len(near))]
         asked["exist"].append((f"Is there a {colour} {shape}?", "no"))
+        if random.random() < brief:                       # of one word: of both it is learned last
+            word = ONE_WORD[random.integers(len(ONE_WORD))]
+            there = word in shapes or word.removesuffix(" object") in colours
+            asked["exist"].append((f"Is there a {word}?", "yes" if there else "no"))
     for cell, place in enumerate(PLACES):
         there = [thing for thing in scene if thing[3] == cell]
         if there or random.random() < 0.3:

@@ -10,6 +10,24 @@ PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "botto
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
+@pytest.mark.parametrize("brief", [0, 1])
+def test_answers_about_things(brief):
+    """How many of the scene's things are called so: one that is asked about, none that is not there"""
+    draw = np.random.default_rng(0)
+    for scene in islice(world.scenes(draw, "train"), 300):
+        def called(words, scene=scene):
+            return [thing for thing in scene if set(words.split()) - {"object"} <= set(thing[1:3])]
+        for kind, asked in world.questions(scene, draw, brief).items():
+            for question, answer in asked:
+                if kind == "exist":
+                    assert answer == ("yes" if called(question[11:-1]) else "no"), question
+                elif kind in ("colour", "shape", "size"):
+                    thing, = called(question.split(" the ")[1].removesuffix("?"))
+                    assert answer == thing[("size", "colour", "shape").index(kind)], question
+                elif kind == "count":
+                    assert answer == world.NUMBERS[len(scene)]
+
+
 @pytest.mark.parametrize("kind", ["relation", "where", "what"])
 def test_answers_about_places(kind):
     draw, seen = np.random.default_rng(0), set()
