@@ -23,6 +23,7 @@ from tqdm import tqdm
 import world
 from command import POSITIVE, SEED, Help, run
 from config import LibraConfig
+from generation import generate
 from model import Libra
 from streams import Streams
 from text import IMG, SYSTEM, Text
@@ -38,9 +39,13 @@ def training_text(scene, random, text, shares=world.SHARES):
         ids, counted = text.caption(world.caption(scene, random))
     else:
         ids, counted = text.chat(world.talk(scene, random, shares=shares), SYSTEM if random.random() < 0.3 else "")
-    words = [text.model.piece_to_id(word) for word in world.map_words(scene)]
+    words = map_ids(scene, text)
     at = ids.index(IMG)
     return ids[:at] + words + ids[at + 1:], counted[:at] + [0] * len(words) + counted[at + 1:]
+
+
+def map_ids(scene, text):
+    return [text.model.piece_to_id(word) for word in world.map_words(scene)]
 
 
 # ---------------------------------------------------------------- files in the public formats
@@ -205,11 +210,35 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3, first=0.3):
         return model.loss(Streams.of(ids, config, counted=counted))
     llama = {name: p for name, p in model.named_parameters() if not name.startswith(("vision", "model.vision"))}
     optimize("LLaMA", list(llama.values()), model.model.layers, loss, steps, lr)
+    found = right_on_maps(model.eval(), text, seed)
+    print("right on held-out maps:", ", ".join(f"{kind} {share:.2f}" for kind, share in found.items()), flush=True)
     save_tensors(folder / "model.safetensors", llama)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
     write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
                                         **{key: getattr(config, key) for key in keys}})
+
+
+@torch.no_grad()
+def right_on_maps(model, text, seed, each=40):
+    """{kind: share of held-out questions about two and three things that the stand-in answers right}: what it cannot
+    look up in a map, a Libra of it will hardly find in a picture"""
+    random, right = np.random.default_rng([seed, 10]), {}
+    for kind in world.KINDS:
+        prompts, truths, scenes = [], [], [world.scenes(random, "held out", n) for n in (2, 3)]
+        while len(truths) < each:
+            scene, wanted = next(scenes[len(truths) % 2]), ("yes", "no")[len(truths) // 2 % 2]
+            pairs = [pair for pair in world.questions(scene, random)[kind] if kind != "exist" or pair[1] == wanted]
+            if pairs:
+                question, answer = pairs[random.integers(len(pairs))]
+                ids, _ = text.chat([(question + world.SUFFIX, 1, None)])
+                at = ids.index(IMG)
+                prompts.append(torch.tensor(ids[:at] + map_ids(scene, text) + ids[at + 1:]))
+                truths.append(answer)
+        prompts = [ids[:, None].expand(-1, model.config.vision_codebook_num) for ids in prompts]
+        rows = torch.stack([tokens[:, 0] for tokens in generate(model, prompts, None, 12, text.eos)], dim=1).tolist()
+        right[kind] = sum(text.decode(row) == truth for row, truth in zip(rows, truths)) / each
+    return right
 
 
 def train_clip(folder, steps, seed, batch=32, lr=2e-3):
