@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import POSITIVE, Help, run
+from command import POSITIVE, TOY, Help, run
 from config import LibraConfig
 from streams import Streams
 from text import IMG, Text, cut, spell_out
@@ -459,9 +459,9 @@ def label(text, ids, counted):
 def main():
     parser = argparse.ArgumentParser(description=check.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
-    parser.add_argument("--images", metavar="DIR", default="runs/toy/chats/images",
+    parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images",
                         help="what image paths in JSON files are relative to")
-    parser.add_argument("--llm", metavar="DIR", default="runs/toy/llama", help="folder with tokenizer.model")
+    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="folder with tokenizer.model")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",

@@ -26,6 +26,7 @@ from weights import (
     read_json,
     read_tensors,
     read_yaml,
+    reason,
     save_tensors,
     select,
     shapes_only,
@@ -58,8 +59,7 @@ def open_image(source):
         raise UserError(f"{source}: no such file") from None
     except (Image.DecompressionBombError, *BROKEN) as error:
         source = "a picture in memory" if isinstance(source, io.BytesIO) else source
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{source}: cannot be read as a picture ({why})") from None
+        raise UserError(f"{source}: cannot be read as a picture ({reason(error)})") from None
 
 
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)

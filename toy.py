@@ -39,13 +39,14 @@ def training_text(scene, random, text, shares=world.SHARES):
         ids, counted = text.caption(world.caption(scene, random))
     else:
         ids, counted = text.chat(world.talk(scene, random, shares=shares), SYSTEM if random.random() < 0.3 else "")
-    words = map_ids(scene, text)
+    return show_map(ids, counted, scene, text)
+
+
+def show_map(ids, counted, scene, text):
+    """The drawn map in place of the picture"""
+    words = [text.model.piece_to_id(word) for word in world.map_words(scene)]
     at = ids.index(IMG)
     return ids[:at] + words + ids[at + 1:], counted[:at] + [0] * len(words) + counted[at + 1:]
-
-
-def map_ids(scene, text):
-    return [text.model.piece_to_id(word) for word in world.map_words(scene)]
 
 
 # ---------------------------------------------------------------- files in the public formats
@@ -103,14 +104,8 @@ def write_evaluation(folder, count, seed):
         for number in range(total):
             kind, objects = cells[number % len(cells)]
             wanted = ("yes", "no")[number // len(cells) % 2] if kind == "exist" else None
-            while True:
-                scene = next(source[objects])
-                pairs = [pair for pair in world.questions(scene, random)[kind] if wanted in (None, pair[1])]
-                if split == "unseen pair" and kind == "exist" and wanted == "yes":
-                    pairs = [pair for pair in pairs if any(f"{c} {s}" in pair[0] for c, s in world.UNSEEN)]
-                if pairs:
-                    break
-            question, answer = pairs[random.integers(len(pairs))]
+            unseen = split == "unseen pair" and wanted == "yes"
+            scene, question, answer = draw_question(source[objects], random, kind, wanted, unseen)
             image = len(asked) + (10 ** 6 if split == "unseen pair" else 0)
             Image.fromarray(world.render(scene, random)).save(folder / "images" / f"{image:012d}.png")
             asked.append({"image_id": image, "question": question, "question_id": image})
@@ -133,6 +128,17 @@ def write_evaluation(folder, count, seed):
             for q, a in zip(asked, answers)})
         write_json(folder / f"{stem}_seed.json", {"questions": choices(seed, asked, answers),
                                                   "question_type": {kind: n for n, kind in enumerate(world.KINDS)}})
+
+
+def draw_question(source, random, kind, wanted=None, unseen=False):
+    """-> the next scene about which a question of this kind can be asked, one such question, its answer. wanted: the
+    only answer that will do; unseen: it must be about one of the unseen pairs"""
+    for scene in source:
+        pairs = [pair for pair in world.questions(scene, random)[kind] if wanted in (None, pair[1])]
+        if unseen:
+            pairs = [pair for pair in pairs if any(f"{c} {s}" in pair[0] for c, s in world.UNSEEN)]
+        if pairs:
+            return scene, *pairs[random.integers(len(pairs))]
 
 
 def choices(seed, asked, answers):
@@ -225,17 +231,13 @@ def right_on_maps(model, text, seed, each=40):
     look up in a map, a Libra of it will hardly find in a picture"""
     random, right = np.random.default_rng([seed, 10]), {}
     for kind in world.KINDS:
-        prompts, truths, scenes = [], [], [world.scenes(random, "held out", n) for n in (2, 3)]
-        while len(truths) < each:
-            scene, wanted = next(scenes[len(truths) % 2]), ("yes", "no")[len(truths) // 2 % 2]
-            pairs = [pair for pair in world.questions(scene, random)[kind] if kind != "exist" or pair[1] == wanted]
-            if pairs:
-                question, answer = pairs[random.integers(len(pairs))]
-                ids, _ = text.chat([(question + world.SUFFIX, 1, None)])
-                at = ids.index(IMG)
-                prompts.append(torch.tensor(ids[:at] + map_ids(scene, text) + ids[at + 1:]))
-                truths.append(answer)
-        prompts = [ids[:, None].expand(-1, model.config.vision_codebook_num) for ids in prompts]
+        prompts, truths, sources = [], [], [world.scenes(random, "held out", n) for n in (2, 3)]
+        for number in range(each):
+            wanted = ("yes", "no")[number // 2 % 2] if kind == "exist" else None
+            scene, question, answer = draw_question(sources[number % 2], random, kind, wanted)
+            ids, _ = show_map(*text.chat([(question + world.SUFFIX, 1, None)]), scene, text)
+            prompts.append(torch.tensor(ids)[:, None].expand(-1, model.config.vision_codebook_num))
+            truths.append(answer)
         rows = torch.stack([tokens[:, 0] for tokens in generate(model, prompts, None, 12, text.eos)], dim=1).tolist()
         right[kind] = sum(text.decode(row) == truth for row, truth in zip(rows, truths)) / each
     return right

@@ -34,11 +34,16 @@ def read_json(path, kind=dict):
     return value
 
 
+def reason(error):
+    """What the system says, without its number and the path, which stands before it"""
+    return getattr(error, "strerror", None) or error
+
+
 def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{path}: cannot be read as text ({reason(error)})") from None
 
 
 def write_json(path, value):

@@ -239,7 +239,7 @@ def test_the_same_questions_in_other_formats(toy, tuned, tmp_path):
                  [entry["answer"] for entry in raw["questions"]])
         said = [answer["answer"].strip() for answer in result["answers"]]
         said = [answer.rstrip(".").lower() for answer in said] if task == "gqa" else said
-        assert len(said) == len(truth) > 5
+        assert len(said) == len(truth) > 10
         assert abs(result["score"] - sum(a == b for a, b in zip(said, truth)) / len(truth)) < 1e-12
 
 
