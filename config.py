@@ -2,6 +2,7 @@
 
 A value that this model does not compute (rope scaling, biases, a sliding window, ...) is refused by name.
 """
+import math
 from dataclasses import asdict, dataclass, fields
 
 from weights import UserError, read_json
@@ -96,7 +97,10 @@ class LibraConfig:
         required = REQUIRED + (() if is_llama(path) else REQUIRED_VISION)
         if lost := [name for name in required if name not in values]:
             raise UserError(f"{path}: it lacks {', '.join(lost)}")
-        config = cls(**((sizes or {}) | values | changes))
+        try:
+            config = cls(**((sizes or {}) | values | changes))
+        except UserError as error:
+            raise UserError(f"{error} ({path})") from None
         if tokens not in (None, config.image_tokens):
             raise UserError(f"{path}: max_vision_token_length is {tokens}, expected {config.image_tokens} "
                             "(image_feature_resolution squared, BOI and EOI)")
@@ -121,3 +125,5 @@ def check_types(config, name, at_least=None):
         low = (at_least or {}).get(field.name, 1 if kind is int else None)
         if low is not None and value < low:
             raise UserError(f"{name}: {field.name} is {value!r}, expected {low} or more")
+        if field.type is float and not 0 < value < math.inf:
+            raise UserError(f"{name}: {field.name} is {value!r}, expected a finite number above 0")

@@ -244,7 +244,7 @@ def read_sample(source, place):
         if not whole.is_relative_to(Path(source.images).resolve()):
             raise Bad("path_outside", name)
         if not whole.is_file():
-            raise Bad("no_image", name)
+            raise Bad("no_image", f"{name}: {whole}")
         pictures.append(load_image(whole, name))
     if source.kind == "coco" and not pictures:
         raise Bad("no_image", name)

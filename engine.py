@@ -65,7 +65,8 @@ def add_options(parser, steps, warmup, batch, lr, betas=(0.9, 0.99), weight_deca
     g.add_argument("--dtype", choices=list(DTYPES), help="of the products; None: bfloat16 on a GPU, else float32")
     g.add_argument("--workers", type=NATURAL, default=0, help="processes that read data, for each training process")
     g.add_argument("--max-bad", type=bounded(float, 0, 1), default=0.05, metavar="SHARE",
-                   help="of samples that cannot be used, beyond which the run ends; 20 of them are always let pass")
+                   help="of samples that cannot be used, beyond which the run ends; 20 are let pass, unless all of a "
+                        "run's are such; 1: never")
     g.add_argument("--timeout", type=bounded(float, above=0), default=10, metavar="MINUTES",
                    help="how long the processes wait for one that does not answer before the run ends")
     g.add_argument("--deterministic", action="store_true",
@@ -363,9 +364,17 @@ class BadSamples:
                                       for cause, name in listed))
         self.seen, self.bad = self.seen + samples + bad, self.bad + bad
         if self.bad > max(20, self.most * self.seen):
-            raise UserError(f"{self.bad} of {self.seen} samples cannot be used, more than --max-bad {self.most:g}: "
-                            + ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common()) + f". {self.path} "
-                            f"lists them, the last: {', '.join(self.last)}. python data.py FILE... looks at the rest")
+            self.refuse(f", more than --max-bad {self.most:g}")
+
+    def finish(self, start):
+        """A run from the first step on that learned from nothing does not end well, however few its samples are"""
+        if not start and self.most < 1 and self.bad == self.seen > 0:
+            self.refuse("")
+
+    def refuse(self, bound):
+        raise UserError(f"{self.bad} of {self.seen} samples cannot be used{bound}: "
+                        + ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common()) + f". {self.path} lists "
+                        f"them, the last: {', '.join(self.last)}. python data.py FILE... looks at the rest")
 
 
 def clock(seconds):

@@ -67,10 +67,14 @@ def main():
         if Path(path).resolve() in taken:
             raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
         taken.append(Path(path).resolve())
+    each = [[path] for path in args.data] if args.task == "pope" else [args.data]
+    read = (item for paths in each for item in benchmarks.read(args.task, args.images, *paths)[:args.limit or None])
+    if not (args.out or args.submission) and any(item["truth"] is None for item in read):
+        raise UserError(f"{args.data[0]}: no right answers in --data, so nothing is scored here, and without "
+                        "--submission FILE or --out FILE the answers would be lost")
     world = engine.join(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
     model = Libra.from_pretrained(need(args.model), dtype=dtype, device=world.device).eval()
-    each = [[path] for path in args.data] if args.task == "pope" else [args.data]
     about = {"model": str(args.model), "dtype": str(dtype), "max_new_tokens": args.max_new_tokens}
     results = []
     for n, paths in enumerate(each):

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
 from elementwise import normalize, rope_table, rotate, swiglu
-from generation import generate, see
-from products import MOST_ROWS, lay, product, together
-from streams import IMAGE
+from generation import generate, see, write
+from products import Linear, lay, product
+from streams import IMAGE, TEXT
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
 from weights import UserError, assign, read_folder, save_tensors, shapes_only, write_json
@@ -42,20 +42,6 @@ def route(module, name, x):
             None if image is None else getattr(module, "vision_" + name, own)(image)]
 
 
-def route_all(module, names, x):
-    """`route` for several weights of one input -> a pair for each. In decoding the LLaMA's are one product, for
-    generation has laid them side by side in memory."""
-    (text, image), joint = x, None
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or text is None or text.size(0) > MOST_ROWS):
-        own = [getattr(module, name) for name in names]
-        if all(type(f) is Linear and not f._forward_hooks for f in own):                      # nobody looks on
-            joint = together([f.weight for f in own])
-    if joint is None:
-        return [route(module, name, x) for name in names]
-    parts = product(text, joint).split([f.out_features for f in own], dim=-1)
-    return [[part, route(module, name, [None, image])[1]] for part, name in zip(parts, names)]
-
-
 def plus(x, y):
     return [a if b is None else a + b for a, b in zip(x, y)]
 
@@ -68,14 +54,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return normalize(x, self.weight, self.eps)
-
-
-class Linear(nn.Linear):
-    def __init__(self, size_in, size_out):
-        super().__init__(size_in, size_out, bias=False)
-
-    def forward(self, x):
-        return product(x, self.weight)
 
 
 class LowRank(nn.Module):
@@ -126,7 +104,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x, streams, rope, cache=None, layer=0):
-        q, k, v = route_all(self, ("q_proj", "k_proj", "v_proj"), x)                          # Eq. 1
+        q, k, v = (route(self, name, x) for name in ("q_proj", "k_proj", "v_proj"))           # Eq. 1
         views = {}
         for modality in streams.asking if cache is None else sorted({*streams.asking, *cache.keys}):
             views[modality] = self.seen_by(modality, x, k, v)
@@ -170,7 +148,7 @@ class FFN(nn.Module):
             self.vision_down_proj = LowRank(c.intermediate_size, c.hidden_size, c.hidden_size // c.vision_down_ratio)
 
     def forward(self, x):
-        gate, up = route_all(self, ("gate_proj", "up_proj"), x)
+        gate, up = route(self, "gate_proj", x), route(self, "up_proj", x)
         return route(self, "down_proj", [None if g is None else swiglu(g, u) for g, u in zip(gate, up)])
 
 
@@ -337,7 +315,16 @@ class Libra(nn.Module):
 
     def step(self, streams, cache):
         """One more token for every row (L = 1). -> its hidden state (B, D)"""
+        if not len(streams.image_ids) and list(cache.keys) == [TEXT] and self.as_written():
+            return write(self, streams, cache)
         return streams.join(self.hidden(streams, None, cache))[:, 0]
+
+    def as_written(self):
+        """No layer is exchanged, and nobody looks into one: a hook, or the record of attention maps"""
+        parts = ((part, kind) for block in self.model.layers
+                 for part, kind in ((block, Block), (block.self_attn, Attention), (block.mlp, FFN)))
+        return all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+                                               or vars(part).get("record") is not None) for part, kind in parts)
 
     def ask(self, images, question, max_new_tokens=128, **sampling):
         """images: a file, a PIL image, a list of them, or None. -> the answer. sampling: as generate takes it"""

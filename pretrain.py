@@ -130,6 +130,7 @@ def train(args, world, model, recipe):
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")
     checkpoints.finish()
+    bad.finish(start)
     tensors = engine.whole_weights(model)
     if world.first:
         model.save_pretrained(out, {name: tensor.to(world.dtype) for name, tensor in tensors.items()})

@@ -11,6 +11,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def product(x, weight):
@@ -42,6 +43,22 @@ def columns_by_blocks(x, weight):
     """(W x^T)^T, every block of W times the columns x^T"""
     blocks = in_blocks(weight)
     return torch.bmm(blocks, x.t().expand(blocks.size(0), -1, -1)).view(-1, x.size(0)).t()
+
+
+class Linear(nn.Linear):
+    def __init__(self, size_in, size_out):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
+
+
+def one_product(x, *layers):
+    """What several Linears make of one input (n, in), side by side (n, sum of out); one product where their weights lie
+    so in memory"""
+    own = all(type(f) is Linear and not f._forward_hooks for f in layers)                     # nobody looks on
+    joint = together([f.weight for f in layers]) if own else None
+    return torch.cat([f(x) for f in layers], dim=-1) if joint is None else product(x, joint)
 
 
 def lay(weights):

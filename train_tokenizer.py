@@ -348,6 +348,7 @@ def train(args, world, tokenizer, discriminator, lpips, recipe):
         if ended:
             return world.say(f"stopped after step {step + 1}; --resume goes on")
     checkpoints.finish()
+    bad.finish(start)
     models[0].take_average()
     if world.first:
         tokenizer.save_pretrained(out)

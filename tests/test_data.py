@@ -129,7 +129,8 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([{"id": name, **entry} for name, entry in entries.items()]))
     found = what_is_read(open_source(path, tmp_path), tmp_path)
+    assert found.pop(f"gone: {tmp_path / 'c.jpg'}") == "no_image"
     assert {name: cause for name, cause in found.items() if name in entries} == {
-        "fine": None, "text": None, "gone": "no_image", "broken": "bad_image", "outside": "path_outside",
+        "fine": None, "text": None, "broken": "bad_image", "outside": "path_outside",
         "silent": "no_label", "unanswered": "image_marks", "turned": "roles", "unmarked": "image_marks"}
     assert sorted(cause for name, cause in found.items() if name not in entries) == ["bad_entry", "bad_entry"]

@@ -3,7 +3,11 @@ import pytest
 import tiny
 import torch
 
+import generation
+import model as model_file
+import products
 from generation import Cache, Sampler, generate
+from model import Libra
 from streams import IMAGE, TEXT, Streams
 from weights import UserError
 
@@ -196,6 +200,40 @@ def test_impossible_prompts_are_refused():
         with pytest.raises(UserError, match="at least one prompt"):
             list(generate(model, prompts, None, new))
     assert len(list(generate(model, [torch.cat([tiny.text_ids(c, 123, g), image[:1]])], None, 50))) == 4
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 6)])
+@pytest.mark.parametrize("changes", [{}, {"use_bridge": False}, {"num_key_value_heads": 2, "use_expert": False},
+                                     {"hidden_size": 512, "intermediate_size": 512}])
+def test_writing_in_one_line_is_a_step_of_the_model(changes, lengths, monkeypatch):
+    """Rows that all write text take the short way, with weights side by side and not, unless somebody looks on"""
+    spread = 0.3 if "hidden_size" not in changes else 0.03
+    model, g = tiny.libra(spread=spread, **changes).eval(), torch.Generator().manual_seed(15)
+    prompts = [torch.cat([tiny.image_ids(model.config, generator=g), tiny.text_ids(model.config, n, g)])
+               for n in lengths]
+    signal, hidden, short = tiny.signals(model.config, prompts, g), [], []
+    monkeypatch.setattr(products, "fastest", lambda n, dtype: products.columns_by_blocks)
+    monkeypatch.setattr(model_file, "write", lambda *given: short.append(len(hidden)) or generation.write(*given))
+    monkeypatch.setattr(model, "step", lambda *given: hidden.append(Libra.step(model, *given)) or hidden[-1])
+
+    def run(part=None):
+        hook = part and part.register_forward_hook(lambda *given: None)
+        hidden.clear(), short.clear()
+        ids = stack(generate(model, prompts, signal, 8))
+        if hook:
+            hook.remove()
+        return ids, torch.stack(hidden), len(short)
+    monkeypatch.setattr(model, "lay", lambda: None)
+    apart = run()
+    monkeypatch.delattr(model, "lay")
+    whole, laid = run(model.model.layers[1].mlp), run()
+    assert (apart[2], whole[2], laid[2]) == (7, 0, 7)
+    for ids, states, _ in (apart, laid):
+        assert torch.equal(ids, whole[0])
+        torch.testing.assert_close(states, whole[1], rtol=1e-5, atol=1e-5)
+    looked = []
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: looked.append(1))
+    assert torch.equal(run()[0], whole[0]) and len(looked) > 7
 
 
 def test_looking_inside_does_not_change_what_is_said():

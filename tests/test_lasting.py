@@ -200,6 +200,9 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path
     (tmp_path / "coco.json").write_text(json.dumps(entries))
     said = run("pretrain.py", *words, "--max-bad 0.5 --out", tmp_path / "bad", ok=False)
     assert "no_image" in said and "more than --max-bad 0.5" in said
+    said = run("pretrain.py", *words, "--steps 1 --out", tmp_path / "short", ok=False)
+    assert f"6 of 6 samples cannot be used: no_image 6. {tmp_path}/short/bad_samples.jsonl" in said
+    assert f"{toy}/eval/gone.png (no_image)" in said and not (tmp_path / "short/model.safetensors").exists()
 
 
 # ---------------------------------------------------------------- the plan

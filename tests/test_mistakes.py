@@ -79,6 +79,8 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
         assert sentence in said(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
     assert "no image_size" in said(
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
+    words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
+    assert "the answers would be lost" in said(evaluate.main, words, monkeypatch, capsys)
     with pytest.raises(UserError, match="Is a directory"):
         open_image(tmp_path)
 

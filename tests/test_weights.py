@@ -176,6 +176,8 @@ def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled)
     ("vision_down_ratio", 5, "does not divide by 5"), ("vocab_size", 379, "tensors have another shape"),
     ("hidden_size", "32", "hidden_size is '32', expected int"), ("use_bridge", "false", "use_bridge is 'false'"),
     ("vision_down_ratio", 0, "vision_down_ratio is 0, expected 1 or more"),
+    ("rope_theta", -1.0, "rope_theta is -1.0, expected a finite number above 0 .*config.json"),
+    ("rms_norm_eps", 0, "rms_norm_eps is 0, expected a finite number above 0"),
     ("tie_word_embeddings", True, "lm_head differs from its embedding"),
     ("hidden_size", 64, "tensors have another shape than config.json says"),
     ("newline_token_id", 14, "newline_token_id is 14"), ("quantization_config", {"bits": 4}, "quantization_config is"),
