@@ -207,9 +207,13 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
     eval_folder = root / "eval"
     truth = {t["question_id"]: t for t in read_json(eval_folder / "held_out_annotations.json")["annotations"]}
     asked = {q["question_id"]: q for q in read_json(eval_folder / "held_out_questions.json")["questions"]}
-    page.title("What it sees", "held-out pictures, what their ids keep of them, its description, its answer")
-    random = np.random.default_rng([seed, 23])
-    chosen = [given[i] for i in random.choice(len(given), min(10, len(given)), replace=False)]
+    given = [given[i] for i in np.random.default_rng([seed, 23]).permutation(len(given))]
+    right = {item["id"]: item["answer"].strip().rstrip(".").lower() == truth[item["id"]]["multiple_choice_answer"]
+             for item in given}
+    wrong = [item for item in given if not right[item["id"]]][:2]
+    page.title("What it sees", "held-out pictures, what their ids keep of them, its description, its answer"
+               + "; at the end what it gets wrong" * bool(wrong))
+    chosen = [item for item in given if item not in wrong][:10 - len(wrong)] + wrong
     files = [eval_folder / "images" / f"{item['id']:012d}.png" for item in chosen]
     described = reply(tuned, [DESCRIBE] * len(files), files)
     codes, _ = see(tuned, files)
@@ -218,14 +222,11 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
         x, y = 24 + n % 2 * 580, page.y + n // 2 * (SIDE * SCALE + 14)
         page.picture(x, y, open_image(file))
         page.picture(x + SIDE * SCALE + 6, y, to_picture(rgb))
-        answer = truth[item["id"]]["multiple_choice_answer"]
-        right = item["answer"].strip().rstrip(".").lower() == answer
         for i, line in enumerate(wrap(words, 42)[:3]):
             page.write(x + 240, y + 17 * i, line, 13, GREY)
         page.write(x + 240, y + 60, asked[item["id"]]["question"], 15)
-        said = item["answer"][:30]
-        page.write(x + 240, y + 80, said if right else f"{said}  (it is {answer})", 15,
-                   RIGHT if right else WRONG)
+        said, answer, ok = item["answer"][:30], truth[item["id"]]["multiple_choice_answer"], right[item["id"]]
+        page.write(x + 240, y + 80, said if ok else f"{said}  (it is {answer})", 15, RIGHT if ok else WRONG)
     page.y += (len(chosen) + 1) // 2 * (SIDE * SCALE + 14) + 16
     page.title("What it draws", "from the words below, greedily, the contiguous signal zeroed (Sec. 4.3)")
     for n, (words, picture) in enumerate(drawn[:8]):
