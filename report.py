@@ -222,7 +222,7 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
         x, y = 24 + n % 2 * 580, page.y + n // 2 * (SIDE * SCALE + 14)
         page.picture(x, y, open_image(file))
         page.picture(x + SIDE * SCALE + 6, y, to_picture(rgb))
-        for i, line in enumerate(wrap(words, 42)[:3]):
+        for i, line in enumerate(wrap(words, 52)[:3]):
             page.write(x + 240, y + 17 * i, line, 13, GREY)
         page.write(x + 240, y + 60, asked[item["id"]]["question"], 15)
         said, answer, ok = item["answer"][:30], truth[item["id"]]["multiple_choice_answer"], right[item["id"]]
