@@ -89,7 +89,7 @@ class Step:
 
 def write(model, streams, cache):
     """Libra.step where all rows write text and none will draw: what is left of Block, Attention and FFN is the LLaMA's,
-    here in one straight line, which on a CPU is faster by a tenth. -> hidden states (B, D)"""
+    here in one straight line, which on a CPU is faster by a few percent. -> hidden states (B, D)"""
     c, x = model.config, model.model.embed_tokens(streams.text_ids)                           # (B, D)
     cos, sin = (t.to(x.dtype) for t in rope_table(c, cache.start, x.dtype))                   # (B, 1, 1, d)
     n, n_kv = c.num_attention_heads, c.num_key_value_heads
