@@ -22,7 +22,7 @@ endif
 TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --entropy-weight 1 --l2-weight 5 --clip-weight 2 \
 	--disc-start 1780 --disc-weight 0.2 --sample-every 500
 PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1
-SFT = --steps 1300 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
+SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 demo: $(VENV)/run
 	@mkdir -p $(TOY) && date +%s > $(TOY)/.began
