@@ -68,6 +68,7 @@ def main():
             raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
         taken.append(Path(path).resolve())
     each = [[path] for path in args.data] if args.task == "pope" else [args.data]
+    # said before the model is loaded, hence read here too where nothing will be kept
     read = (item for paths in each for item in benchmarks.read(args.task, args.images, *paths)[:args.limit or None])
     if not (args.out or args.submission) and any(item["truth"] is None for item in read):
         raise UserError(f"{args.data[0]}: no right answers in --data, so nothing is scored here, and without "
@@ -212,7 +213,7 @@ def score_exact(items, answers):
     """Exact match, overall and by the parts of question_type ('colour/2')"""
     kinds = [item["kinds"][-1] for item in items]
     split = [item | {"kinds": [kind, *kind.split("/")]} for item, kind in zip(items, kinds)]
-    return scores.score_each("exact match", lambda answer, truth: answer.strip().rstrip(".").lower() == truth[0],
+    return scores.score_each("exact match", lambda answer, truth: scores.gqa_match(answer, truth[0]),
                              split, answers)
 
 

@@ -22,7 +22,7 @@ from attention import plain_attention, routed_attention
 from config import LibraConfig, is_llama
 from elementwise import normalize, rope_table, rotate, swiglu
 from generation import generate, see, write
-from products import Linear, lay, product
+from products import Linear, lay, product, untouched
 from streams import IMAGE, TEXT
 from text import Text, spell_out
 from tokenizer import ImageTokenizer
@@ -320,11 +320,9 @@ class Libra(nn.Module):
         return streams.join(self.hidden(streams, None, cache))[:, 0]
 
     def as_written(self):
-        """No layer is exchanged, and nobody looks into one: a hook, or the record of attention maps"""
-        parts = ((part, kind) for block in self.model.layers
-                 for part, kind in ((block, Block), (block.self_attn, Attention), (block.mlp, FFN)))
-        return all(type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-                                               or vars(part).get("record") is not None) for part, kind in parts)
+        """No layer was changed, and nobody looks into one or records its attention maps"""
+        return all(untouched(block, Block) and untouched(block.self_attn, Attention) and untouched(block.mlp, FFN)
+                   and block.self_attn.record is None for block in self.model.layers)
 
     def ask(self, images, question, max_new_tokens=128, **sampling):
         """images: a file, a PIL image, a list of them, or None. -> the answer. sampling: as generate takes it"""

@@ -53,11 +53,16 @@ class Linear(nn.Linear):
         return product(x, self.weight)
 
 
+def untouched(module, kind):
+    """Nothing was put in its place, and nobody looks into it: what it computes may be computed elsewhere"""
+    looked_at = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not looked_at
+
+
 def one_product(x, *layers):
     """What several Linears make of one input (n, in), side by side (n, sum of out); one product where their weights lie
     so in memory"""
-    own = all(type(f) is Linear and not f._forward_hooks for f in layers)                     # nobody looks on
-    joint = together([f.weight for f in layers]) if own else None
+    joint = together([f.weight for f in layers]) if all(untouched(f, Linear) for f in layers) else None
     return torch.cat([f(x) for f in layers], dim=-1) if joint is None else product(x, joint)
 
 

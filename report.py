@@ -21,6 +21,7 @@ from evaluate import evaluate, reply
 from generate import complete, draw
 from generation import see
 from model import Libra
+from scores import gqa_match
 from tokenizer import open_image, prepare, to_picture, to_rgb
 from weights import read_folder, read_json, write_json
 from world import COLOURS, DESCRIBE, KINDS, SHAPES, SIDE, SIZES, UNSEEN, detect, full_caption, render, scenes
@@ -207,13 +208,14 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
     eval_folder = root / "eval"
     truth = {t["question_id"]: t for t in read_json(eval_folder / "held_out_annotations.json")["annotations"]}
     asked = {q["question_id"]: q for q in read_json(eval_folder / "held_out_questions.json")["questions"]}
+    for item in given:
+        item["truth"] = truth[item["id"]]["multiple_choice_answer"]
+        item["right"] = gqa_match(item["answer"], item["truth"])
     given = [given[i] for i in np.random.default_rng([seed, 23]).permutation(len(given))]
-    right = {item["id"]: item["answer"].strip().rstrip(".").lower() == truth[item["id"]]["multiple_choice_answer"]
-             for item in given}
-    wrong = [item for item in given if not right[item["id"]]][:2]
+    wrong = [item for item in given if not item["right"]][:2]
+    chosen = [item for item in given if item not in wrong][:10 - len(wrong)] + wrong
     page.title("What it sees", "held-out pictures, what their ids keep of them, its description, its answer"
                + "; at the end what it gets wrong" * bool(wrong))
-    chosen = [item for item in given if item not in wrong][:10 - len(wrong)] + wrong
     files = [eval_folder / "images" / f"{item['id']:012d}.png" for item in chosen]
     described = reply(tuned, [DESCRIBE] * len(files), files)
     codes, _ = see(tuned, files)
@@ -225,8 +227,8 @@ def paint(page, root, models, tuned, given, drawn, completed, seed):
         for i, line in enumerate(wrap(words, 52)[:3]):
             page.write(x + 240, y + 17 * i, line, 13, GREY)
         page.write(x + 240, y + 60, asked[item["id"]]["question"], 15)
-        said, answer, ok = item["answer"][:30], truth[item["id"]]["multiple_choice_answer"], right[item["id"]]
-        page.write(x + 240, y + 80, said if ok else f"{said}  (it is {answer})", 15, RIGHT if ok else WRONG)
+        correction, colour = ("", RIGHT) if item["right"] else (f"  (it is {item['truth']})", WRONG)
+        page.write(x + 240, y + 80, item["answer"][:30] + correction, 15, colour)
     page.y += (len(chosen) + 1) // 2 * (SIDE * SCALE + 14) + 16
     page.title("What it draws", "from the words below, greedily, the contiguous signal zeroed (Sec. 4.3)")
     for n, (words, picture) in enumerate(drawn[:8]):

@@ -234,6 +234,8 @@ def test_writing_in_one_line_is_a_step_of_the_model(changes, lengths, monkeypatc
     looked = []
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: looked.append(1))
     assert torch.equal(run()[0], whole[0]) and len(looked) > 7
+    model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda *given: looked.append(2))
+    assert torch.equal(run()[0], whole[0]) and looked.count(2) > 7
 
 
 def test_looking_inside_does_not_change_what_is_said():
