@@ -5,12 +5,17 @@ kernels without a score matrix, at the cost of one causal attention for an image
 
 Letters: B rows, L positions, H heads, d head_dim; a view is (keys, values) as queries of one modality see them.
 """
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from streams import IMAGE, TEXT
+
+# On Hopper torch 2.11 and later take cuDNN's attention before flash: it plans anew for every length, which no two
+# batches of chats or answers share, and under a mask its gradients can be NaN.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def plain_attention(q, views, is_image, mask=None):
@@ -98,8 +103,7 @@ def causal_attention(q, k, v, mask=None):
     if many == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     if q.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler along, seconds of it
-        return F.scaled_dot_product_attention(q, k, v, causal_lower_right(many, keys))
+        return F.scaled_dot_product_attention(q, k, v, lower_right(many, keys))
     parts = []
     for start in range(0, many, block):
         end = min(start + block, many)
@@ -107,3 +111,9 @@ def causal_attention(q, k, v, mask=None):
         allowed = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).tril(seen - (end - start))
         parts.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], allowed, **gqa))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@functools.lru_cache(maxsize=8)                           # it holds a tensor of that size on the CPU: layers share it
+def lower_right(many, keys):
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler along, seconds of it
+    return causal_lower_right(many, keys)

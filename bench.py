@@ -31,7 +31,7 @@ from baselines import Bare, alone, by_masks, limit, products_of
 from command import NATURAL, POSITIVE, Help, run, target
 from config import LibraConfig
 from data import Recipe, loader, open_source
-from generation import generate
+from generation import RECORD_AFTER, generate
 from measure import HEAD, Bench
 from model import Libra, Tokenizers
 from plan import CLIP_L, flops_of
@@ -135,10 +135,11 @@ def compile_rows(bench, size):
 def kernels(bench, f):
     """The attention kernels that a call starts on the GPU"""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        f()
-        bench.wait()
+        for _ in range(2):                                # of a single call little may be seen
+            f()
+            bench.wait()
     return sorted({event.key for event in profile.key_averages()
-                   if any(name in event.key.lower() for name in ("flash", "fmha", "attention"))})
+                   if any(name in event.key.lower() for name in ("flash", "fmha", "attention", "sdpa"))})
 
 
 def several(images):
@@ -163,10 +164,14 @@ def prefill_rows(bench, size, length=640):
 
 
 def decoding(bench, model, ids, signal, tokens):
-    """-> a function that gives the seconds of `tokens` steps behind the first, which is the prefill"""
+    """-> a function that gives the seconds of `tokens` steps behind the first, which is the prefill, and behind those
+    that on a GPU come before the step is recorded, and its recording"""
+    ahead = 1 + RECORD_AFTER.get(bench.device.type, 0)
+
     def run():
-        steps = generate(model, ids, signal, tokens + 1)
-        next(steps)
+        steps = generate(model, ids, signal, tokens + ahead)
+        for _ in range(ahead):
+            next(steps)
         return bench.seconds(lambda: [None for _ in steps] and None)
     return run
 
@@ -330,7 +335,8 @@ def data_rows(bench, size, count=128, resolution=336):
 def whole_rows(bench, size):
     """Pretraining as pretrain.py does it: a shard through the real loader, CLIP, forward, backward, AdamW. The
     micro-batch doubles until memory is full, with activations kept and computed again."""
-    model = model_of(bench, size, frozen=True)
+    layers = layers_that_fit(bench, size)
+    model = model_of(bench, size, frozen=True, num_hidden_layers=layers)
     with tempfile.TemporaryDirectory() as folder:
         _, text = write_shard(folder, 128)
         model.config.newline_token_id = text.newline
@@ -345,6 +351,9 @@ def whole_rows(bench, size):
                 try:
                     whole_row(bench, size, model, world, source, micro)
                 except torch.OutOfMemoryError:
+                    bench.rows.append({"row": f"pretraining, {layers} layers, micro-batch {micro}", "size": size,
+                                       "out of memory": True, "computed again": model.checkpoint_activations})
+                    print(f"| | {size} | micro-batch {micro} is too much for this GPU |", flush=True)
                     break
                 finally:
                     model.zero_grad(set_to_none=True)
@@ -352,6 +361,21 @@ def whole_rows(bench, size):
                     torch.cuda.empty_cache()
                 if bench.device.type == "cpu" and micro == 2:
                     break
+
+
+def layers_that_fit(bench, size):
+    """All, or half of them and so on where weights, gradients and AdamW's state leave no room for anything else on one
+    GPU: 16 bytes for a weight that learns"""
+    layers = LibraConfig(**SIZES[size]).num_hidden_layers
+    while bench.device.type == "cuda" and layers > 1:
+        with shapes_only():
+            model = Libra(LibraConfig(**SIZES[size] | {"num_hidden_layers": layers}))
+        learning = sum(p.numel() for leaf in model.vision() for p in leaf.parameters())
+        needed = 16 * learning + 2 * (sum(p.numel() for p in model.parameters()) - learning)
+        if needed < 0.85 * torch.cuda.get_device_properties(bench.device).total_memory:
+            break
+        layers //= 2
+    return layers
 
 
 def whole_row(bench, size, model, world, source, micro):
@@ -367,7 +391,8 @@ def whole_row(bench, size, model, world, source, micro):
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     again = "computed again" if model.checkpoint_activations else "kept"
-    seconds = bench.row(f"pretraining, micro-batch {micro}, activations {again}", size, {"ours": one}, memory=False)
+    name = f"pretraining, {model.config.num_hidden_layers} layers, micro-batch {micro}, activations {again}"
+    seconds = bench.row(name, size, {"ours": one}, memory=False)
     numbers = {"tokens/s": counts["tokens"] / seconds, "GB in all": engine.memory(world)}
     if peak := engine.peak(argparse.Namespace(peak=None), world):
         numbers["share of the peak"] = sum(flops_of(model, eye)(counts).values()) / seconds / peak

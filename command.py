@@ -59,6 +59,8 @@ def usable(device):
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no GPU is visible here")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"GPUs here: {torch.cuda.device_count()}, counted from 0; each process takes one")
         if device.type != "cuda":
             torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

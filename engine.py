@@ -33,7 +33,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 ENGINES = ("ddp", "zero", "fsdp")
 # TFLOP/s of dense bfloat16 products, by what the device's name contains
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "A10G": 70, "L4": 121}
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "4090": 165,
+         "3090": 71, "A10G": 70, "L4": 121}
 
 
 # ---------------------------------------------------------------- options and processes
@@ -153,7 +154,7 @@ def join(device, timeout=10, group=False):
     """Join the other processes: torchrun sets RANK and WORLD_SIZE. timeout in minutes; group: also if there are none"""
     rank, size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), usable(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = usable(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
         torch.cuda.set_device(device)
     if (size > 1 or group) and not dist.is_initialized():
         store = None if size > 1 else dist.HashStore()

@@ -259,11 +259,27 @@ def table(args, found, dtype, trained):
         print(f"  --offload: {16 * trained / args.nproc / 1e9:.0f} GB of the CPU's memory a process, "
               f"{28 * trained / args.nproc / 1e9:.0f} while a checkpoint is written")
     print(f"  the first that fits {args.memory:g} GB: {fits or 'none'}"
-          + ("" if fits else "; try --checkpoint-activations or a smaller --micro-batch"))
+          + ("" if fits else "; try a smaller --micro-batch" + " or --checkpoint-activations" * (len(found) > 1)))
 
 
-def show_tokenizer(args, trained, discriminator, resolution):
-    """Print the plan of stage 0. trained: what a step runs, a function of pictures; both modules without memory"""
+def kept_by_tokenizer(trained, discriminator, lpips, pixels, dtype):
+    """Bytes that one pass of stage 0 over `pixels` keeps for its backward pass: the reconstruction in `dtype`, but what
+    goes into and comes out of norms in float32, as on CUDA; and in float32 what LPIPS (None: left out) and the
+    discriminator keep."""
+    norms = [module.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+             for module in trained.modules() if isinstance(module, torch.nn.GroupNorm)]
+    kept = Kept([p for module in (trained, discriminator, lpips) if module for p in module.parameters()])
+    with kept.hooks:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            picture, _, losses = trained(pixels)
+        losses["judged"] = discriminator(picture.float()), lpips and lpips(picture.float(), pixels)  # alive to the end
+    for norm in norms:
+        norm.remove()
+    return kept.bytes
+
+
+def show_tokenizer(args, trained, discriminator, lpips, resolution):
+    """Print the plan of stage 0. trained: what a step runs, a function of pictures; the modules have no memory"""
     dtype, micro = DTYPES[args.dtype or "bfloat16"], args.micro_batch or max(1, args.batch // args.nproc)
     print(f"image tokenizer: {micro} pictures of {resolution} pixels a pass; {args.nproc} GPUs\n\nweights")
     eye, decoder = trained.tokenizer.encoder, trained.tokenizer.decoder
@@ -273,17 +289,19 @@ def show_tokenizer(args, trained, discriminator, resolution):
         some = list(module.parameters())
         print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if some[0].requires_grad else ''}")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (trained, discriminator):
+        for module in (trained, discriminator, *[lpips] * bool(lpips)):
             module.to_empty(device="cpu")
-        pixels, kept = torch.empty(1, 3, resolution, resolution), Kept([*trained.parameters(), *learning])
-        with FlopCounterMode(display=False) as counter, kept.hooks:
-            picture, _, losses = trained(pixels)
+        kept = kept_by_tokenizer(trained, discriminator, lpips, torch.empty(micro, 3, resolution, resolution), dtype)
+        with FlopCounterMode(display=False) as counter:
+            picture, _, losses = trained(torch.empty(1, 3, resolution, resolution))
             (picture.mean() + losses["loss"] - discriminator(picture).mean()).backward()
     n = sum(p.numel() for p in learning)
     whole = counter.get_total_flops()
     table(args, {"ddp": {"frozen": 4 * sum(p.numel() for p in frozen), "weights": 4 * n,
                          "gradients": n * (4 + 4 * (args.nproc > 1)), "AdamW": 8 * n,
-                         "activations": kept.bytes * micro * dtype.itemsize // 4}}, dtype, n)
+                         "activations": kept}}, dtype, n)
     hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
+    if not lpips:
+        print("  without LPIPS's: name --vgg and --lpips to count it")
     print(f"\nTFLOP of a picture, forward and backward, LPIPS not counted: {whole / 1e12:.4g}\n"
           f"{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours")

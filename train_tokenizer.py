@@ -2,7 +2,7 @@
 
     python train_tokenizer.py                                               # on the toy world of `make demo`
     torchrun --nproc_per_node=8 train_tokenizer.py --clip clip-vit-large-patch14-336 --data 'sa1b/{00000..00999}.tar' \\
-        --vgg vgg16.pth --lpips lpips_vgg.pth --out runs/tokenizer
+        --vgg vgg16.pth --lpips lpips_vgg.pth --out runs/tokenizer --micro-batch 16
 
 L1 and LPIPS between picture and reconstruction, a PatchGAN discriminator whose weight adapts, and the entropy and
 commitment losses of LFQ. Only the decoder, the quantizer and the two 1x1 convolutions learn. The paper gives the data
@@ -101,14 +101,11 @@ def adaptive_weight(nll, g_loss, last_layer):
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance: VGG-16 features after five ReLUs, unit length per position, squared difference, weighted.
-
-    vgg: torchvision's VGG-16 file; linear: LPIPS's `lin` weights for it. Both are public, safetensors or pickles.
-    """
+    """Perceptual distance: VGG-16 features after five ReLUs, unit length per position, squared difference, weighted."""
     CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))    # torchvision's numbers
     WIDTHS = (64, 128, 256, 512, 512)
 
-    def __init__(self, vgg, linear):
+    def __init__(self):
         super().__init__()
         self.features, self.lin, width = nn.ModuleDict(), nn.ModuleList(), 3
         with shapes_only():
@@ -116,13 +113,16 @@ class LPIPS(nn.Module):
                 for conv in group:
                     self.features[str(conv)], width = nn.Conv2d(width, out, 3, padding=1), out
                 self.lin.append(nn.Conv2d(out, 1, 1, bias=False))
+        self.requires_grad_(False)
 
+    def read(self, vgg, linear):
+        """vgg: torchvision's VGG-16 file; linear: LPIPS's `lin` weights for it. Both public, safetensors or pickles."""
         def rename(name):                                 # lin0.model.1.weight -> 0.weight
             return f"{name[3]}.weight" if name.startswith("lin") and name.endswith(".model.1.weight") else None
         assign(self.features, select(read_tensors(vgg), torch.float32, lambda name: (
             name.removeprefix("features.") if name.startswith("features.") else None)), vgg)
         assign(self.lin, select(read_tensors(linear), torch.float32, rename), linear)
-        self.requires_grad_(False)
+        return self.requires_grad_(False)
 
     def forward(self, x, y):
         """x, y (B, 3, R, R) in [-1, 1] -> mean distance"""
@@ -280,7 +280,7 @@ def main():
         clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
         with shapes_only():
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
-        return plan.show_tokenizer(args, trained, discriminator, clip["image_size"])
+        return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, clip["image_size"])
     args.clip_folder = args.clip_folder or TOY / "clip"
     world, folder = engine.start(args), need(args.clip_folder)
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))
@@ -293,7 +293,7 @@ def main():
         raise UserError("LPIPS needs both --vgg and --lpips; without them the loss is L1 alone")
     if args.clip_weight and args.encoder != "clip":
         raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
-    lpips = LPIPS(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
+    lpips = LPIPS().read(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
     recipe = Pictures(tokenizer.config.resolution, args.seed)
     train(args, world, tokenizer, discriminator, lpips, recipe)
 

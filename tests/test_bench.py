@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -79,3 +80,10 @@ def test_rows(tmp_path):
 def test_no_gpu():
     run = subprocess.run([sys.executable, "bench.py", "--gpu"], capture_output=True, text=True, cwd=bench.__file__[:-8])
     assert torch.cuda.is_available() or run.returncode and "no GPU is visible" in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize("gigabytes, layers", [(85, 16), (151, 32)])
+def test_a_small_gpu_trains_fewer_layers(gigabytes, layers, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=gigabytes * 10 ** 9))
+    assert bench.layers_that_fit(bench.Bench("cuda"), "full") == layers

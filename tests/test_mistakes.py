@@ -12,6 +12,7 @@ from scripts import run
 
 import command
 import data
+import engine
 import evaluate
 import generate
 import pretrain as stage1
@@ -152,3 +153,14 @@ def test_a_long_neighbour_does_not_cut_an_answer():
     assert all((b[1] == a[0]).all() for a, b in zip(alone[1], both))
     assert all((b[0] == a[0]).all() for a, b in zip(alone[0], both))
     assert all((b[0] == model.config.vocab_size - 1).all() for b in both[4:])
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert command.usable("cuda:1").index == 1
+    with pytest.raises(UserError, match="--device cuda:2: cannot be used .GPUs here: 2"):
+        command.usable("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(UserError, match="cuda:5: cannot be used"):
+        engine.join("cuda")

@@ -12,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import engine
 import plan
+import train_tokenizer
 from config import LibraConfig
 from model import Libra
 from streams import Streams
@@ -180,10 +182,30 @@ def test_plan_counts_what_torch_counts(tune):
     assert plan.activations(config, streams, tune, torch.float32, True) < 0.6 * planned
 
 
+def test_plan_counts_what_the_tokenizer_keeps():
+    """Against a real step of the generator, adversarial, with LPIPS; in bfloat16 norms stay in float32"""
+    args = train_tokenizer.options().parse_args(["--batch", "2"])
+    tokenizer, discriminator, lpips = tiny.image_tokenizer(), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
+    lpips.to_empty(device="cpu")
+    for p in lpips.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.02)
+    tokenizer.requires_grad_(True).clip.requires_grad_(False)
+    trained, pixels = train_tokenizer.Trained(tokenizer, 0.1, 0.0), torch.randn(2, 3, 32, 32)
+    found = plan.Kept([p for module in (trained, discriminator, lpips) for p in module.parameters()])
+    with found.hooks:
+        train_tokenizer.reconstruct(args, engine.World(0, 1, torch.device("cpu"), torch.float32), True, tokenizer,
+                                    trained, discriminator, lpips, pixels, 1)
+    planned = plan.kept_by_tokenizer(trained, discriminator, lpips, pixels, torch.float32)
+    assert abs(planned / found.bytes - 1) < 0.1
+    without, half = (plan.kept_by_tokenizer(trained, discriminator, None, pixels, dtype)
+                     for dtype in (torch.float32, torch.bfloat16))
+    assert without < planned and 0.7 * without < half < without
+
+
 def test_plan_of_the_paper():
     said = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
     assert "LLaMA                       6.738 B" in said and "expert                      4.229 B" in said
     assert "9% of that GPU's peak" in said and "the first that fits 80 GB" in said
     assert "learns" in run("sft.py", "--plan --micro-batch 1")
-    said = run("train_tokenizer.py", "--plan --memory 80")
-    assert "decoder" in said and "the first that fits 80 GB: ddp" in said
+    said = run("train_tokenizer.py", "--plan --memory 80 --vgg x --lpips x --micro-batch 16")
+    assert "decoder" in said and "ddp       41." in said and "the first that fits 80 GB: ddp" in said
