@@ -33,8 +33,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()      # flash needs it so
-                   for f in (self.q, self.k, self.v))                                         # (B, heads, h*w, d)
+        q, k, v = (f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)             # (B, heads, h*w, d)
+                   for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
         return x + self.proj_out(h)
 
