@@ -55,7 +55,7 @@ demo-seeds: demo
 	done
 	$(RUN) report.py --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
-# Table 3 at a third of the demo's steps, three seeds of eight rows: over two hours on two cores
+# Table 3 at 400 and 500 of the demo's 1,100 and 1,000 steps, three seeds of eight rows: over two hours on two cores
 ablate: demo
 	$(RUN) ablate.py --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
 		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"

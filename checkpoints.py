@@ -118,7 +118,10 @@ class Checkpoints:
             os.replace(final, final.with_suffix(".old"))
         os.replace(draft, final)
         sync(self.out)
-        for old in [*self.out.glob("checkpoint-*.old"), *self._all()[self.keep:]]:
+        for old in self.out.glob("checkpoint-*.old"):
+            shutil.rmtree(old)
+        everything, kept = self._all(), self.complete()[:self.keep]            # damaged ones do not count
+        for old in everything[everything.index(kept[-1]) + 1:] if kept else []:
             shutil.rmtree(old)
 
     def _lost(self, draft, error):

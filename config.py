@@ -83,6 +83,8 @@ class LibraConfig:
         changes: fields that stand above the file's."""
         values = {name: value for name, value in read_json(path).items() if value is not None and name not in IGNORED}
         rope = values.pop("rope_parameters", {})          # where newer Hugging Face versions keep rope_theta
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: rope_parameters is {rope!r}, expected fields in braces")
         if rope.get("rope_type", "default") != "default":
             values["rope_scaling"] = rope
         values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}

@@ -44,9 +44,8 @@ def expand(patterns):
     files = []
     for pattern in patterns:
         pattern, _, times = pattern.rpartition("@") if re.search(r"@\d+$", pattern) else (pattern, "", 1)
-        names = braces(pattern)
-        if names == [pattern]:
-            names = sorted(glob.glob(pattern)) or [pattern]
+        names = [name for some in braces(pattern)
+                 for name in ([some] if Path(some).is_file() else sorted(glob.glob(some)) or [some])]
         if Path(pattern).is_dir():
             raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
         if not names or not int(times):
@@ -104,10 +103,13 @@ def open_source(path, images=""):
     raise UserError(f"{path}: neither a tar shard nor JSON with 'conversations' (LLaVA) or 'caption' (COCO Karpathy)")
 
 
-def open_sources(patterns, images=""):
-    """What --data names -> Sources in order; a file that is read several times is held once."""
+def open_sources(patterns, images="", only_pictures=False):
+    """What --data names -> Sources in order; a file that is read several times is held once. only_pictures: chats
+    without one are left out."""
     files = expand(patterns)
     once = {path: open_source(path, images) for path in dict.fromkeys(files)}
+    for source in once.values() if only_pictures else ():
+        source.entries = [entry for entry in source.entries if entry.get("image")]
     return [once[path] for path in files]
 
 
@@ -152,12 +154,14 @@ class Order:
     """The global order of samples, epoch after epoch, without end. `state` is all it needs to go on: three numbers, and
     what files and seed they belong to; with others the place would be another, and samples lost or repeated."""
 
-    def __init__(self, sources, seed, shards_at_once=8, state=None):
-        self.sources, self.seed, self.at_once = sources, seed, shards_at_once
+    AT_ONCE = 8                    # shards whose samples are mixed
+
+    def __init__(self, sources, seed, state=None):
+        self.sources, self.seed = sources, seed
         self.shards = [(n, part) for n, source in enumerate(sources)
                        for part in range(-(-len(source.entries) // SHARD) if source.kind != "tar" else 1)]
         names = [(Path(source.path).name, len(source.entries)) for source in sources]
-        self.belongs = hashlib.sha256(json.dumps([seed, shards_at_once, names]).encode()).hexdigest()[:16]
+        self.belongs = hashlib.sha256(json.dumps([seed, self.AT_ONCE, names]).encode()).hexdigest()[:16]
         self.state = list(state or [0, 0, 0, self.belongs])
         if self.state[3:] != [self.belongs]:
             raise UserError("this run was begun with other files in --data or another --seed: its place in the data "
@@ -168,7 +172,7 @@ class Order:
         while True:
             epoch, block, taken = self.state[:3]
             shards = [self.shards[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))]
-            here = shards[block * self.at_once:(block + 1) * self.at_once]
+            here = shards[block * self.AT_ONCE:(block + 1) * self.AT_ONCE]
             places = [place for shard in here for place in list_shard(self.sources, shard)]
             order = np.random.default_rng([self.seed, epoch, block]).permutation(len(places))
             for i in range(taken, len(places)):
@@ -177,7 +181,7 @@ class Order:
             empty = 0 if places else empty + 1
             if empty > len(self.shards):
                 raise UserError(f"{self.sources[0].path}: no samples in {len(self.sources)} files")
-            last = (block + 1) * self.at_once >= len(shards)
+            last = (block + 1) * self.AT_ONCE >= len(shards)
             self.state = [*((epoch + 1, 0) if last else (epoch, block + 1)), 0, self.belongs]
 
 
@@ -279,7 +283,7 @@ def llava_turns(conversation, images, name):
         lines = [line.strip() for line in question["value"].splitlines()]
         marks = question["value"].count(MARK) if images else lines.count(MARK)    # in other words it is text
         words = question["value"].replace(MARK, "").strip() if marks else question["value"]
-        turns.append((words, marks, answer["value"]))
+        turns.append((words, marks, answer["value"] + ""))                                    # an answer is text
         seen += marks
     if seen != images:
         raise Bad("image_marks", name)
@@ -296,7 +300,6 @@ class Recipe:
     seed: int = 0
     text_to_image: float = 0.0     # share of captions that stand before their image, drawn without E_c (Sec. 4.3)
     caption_end: bool = True       # </s> behind captions
-    system: str = None
     image_loss: bool = True        # False: image tokens are no targets, Table 3 (a)
 
     def __post_init__(self):
@@ -308,11 +311,11 @@ class Recipe:
         draw = False
         if source.kind == "llava":
             turns = llava_turns(words, len(pictures), name)
-            ids, counted = self.text.chat(turns) if self.system is None else self.text.chat(turns, self.system)
+            ids, counted = self.text.chat(turns)
         else:
             key = [self.seed, epoch] + list(name.encode())
             draw = np.random.default_rng(key).random() < self.text_to_image
-            most = self.max_length - self.config.image_tokens - 3
+            most = max(0, self.max_length - self.config.image_tokens - 3)
             ids, counted = self.text.caption(clean_caption(words, name), self.caption_end, not draw, most)
             counted = [label and (self.image_loss or i != IMG) for i, label in zip(ids, counted)]
         try:
@@ -412,8 +415,13 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
 def check(files, images, llm, most, max_length, grid):
     """Print what the readers make of up to --limit samples of each file: kinds, sizes, lengths, what cannot be used and
     why, three examples of a file with the text that counts in [brackets]."""
-    text = Text(Path(llm) / "tokenizer.model")
+    text, path = Text(Path(llm) / "tokenizer.model"), Path(llm) / "config.json"
     config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline, image_feature_resolution=grid)
+    if path.exists():
+        config.max_position_embeddings = read_json(path).get("max_position_embeddings", config.max_position_embeddings)
+    if config.image_tokens + 2 > config.max_position_embeddings:
+        raise UserError(f"{path}: {config.max_position_embeddings} positions, too few for a picture of {grid} x {grid} "
+                        "tokens: give the --grid of the image tokenizer (the toy world's is 7)")
     recipe, bad, sizes, lengths, examples = Recipe(text, config, 14, max_length), Counter(), [], [], []
     for path in expand(files):
         source, shown = open_source(path, images), 0
@@ -438,7 +446,7 @@ def check(files, images, llm, most, max_length, grid):
     if lengths:
         lengths.sort()
         print(f"tokens with images of {config.image_tokens}: {lengths[0]} to {lengths[-1]}, half of the samples up to "
-              f"{lengths[len(lengths) // 2]}; cut at {max_length}")
+              f"{lengths[len(lengths) // 2]}; cut at {recipe.max_length}")
     for words in examples:
         print(f"\n{words}")
     total = len(lengths) + sum(bad.values())
@@ -461,7 +469,8 @@ def main():
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images",
                         help="what image paths in JSON files are relative to")
-    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="folder with tokenizer.model")
+    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama",
+                        help="folder with tokenizer.model, and config.json, which says how long a sample can be")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",

@@ -10,6 +10,7 @@ answers only what is missing. The result is one JSON with score, parts and every
 another question's picture or with none: what the words alone are worth.
 """
 import argparse
+import glob
 import io
 import json
 import re
@@ -93,7 +94,7 @@ def main():
     print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
     if args.out:
         write_json(args.out, result)
-        for path in Path(args.out).parent.glob(f"{Path(args.out).name}.*.jsonl"):
+        for path in Path(args.out).parent.glob(f"{glob.escape(Path(args.out).name)}.*.jsonl"):
             path.unlink()                                 # what they kept is in the JSON now
 
 
@@ -152,7 +153,7 @@ def another(items, n):
 def kept(keep, about):
     """Answers of runs that were broken off: {number: answer}. Those of other questions or settings are refused."""
     answers = {}
-    for path in sorted(Path(keep).parent.glob(Path(keep).name + ".*.jsonl")) if keep else []:
+    for path in sorted(Path(keep).parent.glob(glob.escape(Path(keep).name) + ".*.jsonl")) if keep else []:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)

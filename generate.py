@@ -51,7 +51,7 @@ def options():
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
     g.add_argument("--verbose", action="store_true", help="print tokens/s, and what reading the weights allows")
-    g.add_argument("--batch-size", type=POSITIVE, default=16, help="prompts of --batch answered at a time")
+    g.add_argument("--batch-size", type=POSITIVE, help="prompts of --batch answered at a time; None: 16")
     g = parser.add_argument_group("how")
     g.add_argument("--max-new-tokens", type=POSITIVE, default=256, help="most tokens of an answer")
     g.add_argument("--temperature", type=bounded(float, 0), default=None,
@@ -70,12 +70,15 @@ def main():
     jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption")
             if getattr(args, name) is not None]
     refuse(args, jobs)
+    args.batch_size = args.batch_size or 16
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
     for path in (args.batch, args.complete, args.reconstruct):
         if path is not None and os.path.realpath(path) == os.path.realpath(args.out):
             raise UserError(f"{path} is read, and would be written over: give another --out")
     if args.temperature is None:
         args.temperature = 1.0 if args.draw is not None or args.complete is not None else 0.0
+    if not args.temperature and (args.top_k or args.top_p < 1 or args.seed):
+        raise UserError("--top-k, --top-p and --seed are for sampling: give a --temperature above 0 with them")
     device = usable(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     if args.reconstruct is not None:
@@ -115,10 +118,11 @@ def refuse(args, jobs):
                         "need one")
     job = f"--{jobs[0]}" if jobs else "a question" if args.question is not None else "a chat"
     heeded = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
-              "json": ("a question",), "rows": ("--complete",), "verbose": ("a question",)}
+              "json": ("a question",), "rows": ("--complete",), "verbose": ("a question",), "batch_size": ("--batch",),
+              "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption")}
     for name, by in heeded.items():
         if getattr(args, name) and job not in by:
-            raise UserError(f"--{name} belongs to {' or '.join(by)}, not to {job}")
+            raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(by)}, not to {job}")
     if args.json and args.attention:
         raise UserError("--json prints the answer alone; --attention prints a table: give one of them")
     if args.question is not None and os.path.isfile(args.question):
@@ -142,7 +146,8 @@ def answer(model, args, sampling):
         print(json.dumps({"question": args.question, "images": args.image, "answer": text,
                           "seconds": round(seconds, 3)}, ensure_ascii=False))
     if args.verbose:
-        size = sum(p.nbytes for module in model.llama() for p in module.parameters())
+        table = set() if model.config.tie_word_embeddings else {model.model.embed_tokens}     # of it a row is read
+        size = sum(p.nbytes for module in set(model.llama()) - table for p in module.parameters())
         print(f"{tokens} tokens in {seconds:.2f} s with the prompt: {tokens / seconds:.1f} a second. A token of text "
               f"reads the LLaMA's {size / 1e9:.3f} GB once: memory of B GB/s allows B / {size / 1e9:.3f} a second")
 
@@ -188,7 +193,8 @@ def batch(model, args, lines, sampling):
                     turn = [(entry["question"], int("image" in entry), None)]
                     prompts.append(spell_out(*prompt_of(model, turn, args.raw),
                                              [next(codes) for _ in range(turn[0][1])], model.config)[0])
-                rows = list(generate(model, prompts, signal, args.max_new_tokens, text.eos, **sampling))
+                rows = list(generate(model, prompts, signal, args.max_new_tokens, text.eos,
+                                     **sampling | {"seed": args.seed + start}))
             except UserError as error:
                 raise UserError(f"{args.batch}, lines {numbers[0]} to {numbers[-1]}: {error}") from None
             for entry, row in zip(some, torch.stack(rows, dim=1)[..., 0].tolist()):

@@ -31,7 +31,7 @@ class Cache:
         self.values = {view: like.new_zeros(shape).unbind() for view in views}
         self.lengths, self.filled = [0] * rows, 0
         self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
-        self.start, self.mask, self.whole = 0, None, False
+        self.start, self.mask, self.fixed = 0, None, False
 
     def put(self, layer, views):
         """Store new keys and values {modality: (B, heads, L, d) pairs}. -> the views to attend to, and a mask"""
@@ -43,7 +43,7 @@ class Cache:
                     buffer[self.rows, :, self.start[:, 0, 0]] = new[:, :, 0].to(buffer.dtype)
         if not self.filled:
             return views, None
-        end = len(self.places) if self.whole else self.filled + 1
+        end = len(self.places) if self.fixed else self.filled + 1
         return {view: (self.keys[view][layer].narrow(2, 0, end), self.values[view][layer].narrow(2, 0, end))
                 for view in self.keys}, self.mask
 
@@ -55,7 +55,7 @@ class Cache:
         else:
             self.start += 1                               # in place: a recorded step reads it where it lies
         self.filled = max(self.lengths)
-        if self.whole:
+        if self.fixed:
             self.mask.copy_((self.places <= self.start)[:, None])
         else:
             alike = len(set(self.lengths)) == 1
@@ -63,8 +63,8 @@ class Cache:
 
     def fix(self):
         """From now on attend to the whole buffers under a mask: nothing changes its place or its shape any more."""
-        if not self.whole:
-            self.whole, self.mask = True, (self.places <= self.start)[:, None]
+        if not self.fixed:
+            self.fixed, self.mask = True, (self.places <= self.start)[:, None]
 
 
 class Step:
@@ -191,7 +191,8 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
     limits = []                                           # of each row, as if it were alone
     for prompt, place, draw in zip(prompts, places, draws):
         room = c.max_position_embeddings - len(prompt)
-        if room < (last - place if draw and max_new_tokens > room else 1):
+        needed = last - place if draw and max_new_tokens > room else 1                        # a picture to its end
+        if room < needed:
             raise UserError(f"the prompt has {len(prompt)} tokens of the {c.max_position_embeddings} that the model "
                             "takes: too little room is left")
         limits.append(min(max_new_tokens, room))
@@ -216,9 +217,10 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
             return
         places = [after(place, c) for place in places]
         pattern = tuple(place is not None for place in places)
+        image = torch.tensor(pattern)                     # a row that is done inside a picture reads codes, whichever
+        tokens = torch.where((done & image)[:, None], c.vocab_size, tokens)
         if pattern not in steps:
             steps[pattern] = Step(model, Streams.of(list(tokens[:, None]), c).to(like.device), cache)
-        image = torch.tensor(pattern)
         hidden = steps[pattern](tokens[~image, 0], tokens[image] - c.vocab_size)
 
 

@@ -3,8 +3,8 @@
     model = Libra.from_pretrained("libra-11b-chat", dtype=torch.bfloat16, device="cuda")
     model.ask("cat.jpg", "What is unusual here?")
 
-Top to bottom: the parts of a layer (norm, RoPE, low-rank expert, attention with the bridge, FFN), the model with its
-hybrid input, its two kinds of heads and its loss, cached generation, and how weights come and go.
+Top to bottom: the parts of a layer (norm, low-rank expert, attention with the bridge, FFN), the model with its hybrid
+input, its two kinds of heads and its loss, a step of generation, and how weights come and go.
 
 Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V text vocabulary,
 K codebooks of N codes, G grid side, C width of the contiguous signal; n_text and n_image tokens in the two streams.
@@ -111,11 +111,15 @@ class Attention(nn.Module):
             if not self.config.use_bridge:
                 break                                     # one view serves both
         if self.config.use_bridge and len(views) == 1 and torch.is_grad_enabled():
-            asking = streams.asking[0]                    # no query looks over the other bridge: its gradient is zero,
-            on = ("language", "vision")[asking]           # not none, so that all processes have the same ones
-            k_bridge, v_bridge = (getattr(self, f"vision_{y}_bridge_on_{on}") for y in "kv")
-            q[asking] = q[asking] + 0 * (k_bridge(x[asking][:0]).sum() + v_bridge(x[asking][:0]).sum())
+            asking = streams.asking[0]
+            q[asking] = q[asking] + self.unused_bridge(asking, x[asking])
         return route(self, "o_proj", self.meet(q, views, streams, rope, cache, layer))
+
+    def unused_bridge(self, modality, x):
+        """0: where all queries are of one modality none looks over the bridge on it. Added so that the bridge's gradient is
+        zero rather than none, and all processes have the same ones."""
+        on = "vision" if modality == IMAGE else "language"
+        return 0 * sum(getattr(self, f"vision_{y}_bridge_on_{on}")(x[:0]).sum() for y in "kv")
 
     def meet(self, q, views, streams, rope, cache, layer):
         """Both modalities in sequence order: RoPE, the cache, attention. -> [(n_text, .), (n_image, .)]"""

@@ -1,7 +1,7 @@
 """--plan: what a run will need before anything is paid for. Parameters, memory of a GPU, FLOPs, hours.
 
     python pretrain.py --plan --nproc 8 --memory 80          # the paper's run on eight GPUs of 80 GB
-    python sft.py --plan --model runs/toy/pretrain           # any model folder: only its config.json is read
+    python sft.py --plan --model runs/toy/pretrain           # any model folder: only config.json files are read
     python train_tokenizer.py --plan --clip clip-vit-large-patch14-336
 
 Nothing is allocated. Products are counted from the weights' shapes; what the backward pass keeps is counted while the
@@ -25,7 +25,7 @@ from text import IMG, spell_out
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from weights import UserError, read_json, shapes_only
 
-PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4; bf16 peak
+PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4, Sec. A.2; peak
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "image_size": 336, "patch_size": 14, "layer_norm_eps": 1e-5}
 
@@ -78,7 +78,8 @@ def flops_of(model, eye):
     look = clip_flops(eye.clip, max(eye.select_layers))
 
     def count(n):
-        return {"expert": n["image"] * each["expert"], "LLaMA": n["text"] * each["LLaMA"],
+        return {"expert" if c.use_expert else "LLaMA on images": n["image"] * each["expert"],
+                "LLaMA": n["text"] * each["LLaMA"],
                 "bridge": n["text"] * each["bridge on text"] + n["image"] * each["bridge on images"],
                 "attention": n["squares"] * attention, "CLIP": n["images"] * look,
                 "input and heads": n["image"] * into + n["image_targets"] * heads + n["text_targets"] * words}
@@ -160,7 +161,7 @@ def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, offload=False):
     share, whole = 1 / nproc, (1 if engine == "zero" else min(1, 2 / layers))
     stay = share                                          # of the gradients
     if offload:                                           # zero brings them to the CPU once an update, fsdp each pass
-        share, stay = 0, engine == "zero"
+        share, stay = 0, 1 if engine == "zero" else 0
     return {"frozen": frozen * b * (1 if engine == "zero" else min(1, share + whole)),
             "weights": trained * (4 * share + b * whole), "gradients": trained * 4 * (stay + 1 / layers),
             "AdamW": trained * 8 * share}
@@ -241,7 +242,9 @@ def show(args, config, eye, stage):
     hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
     print(f"\n{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours, "
           f"{hours / n:,.0f} hours on {n}, to which --checkpoint-activations and --offload add theirs")
-    if stage == "pretrain":
+    paper = LibraConfig()
+    if stage == "pretrain" and (config.hidden_size, config.num_hidden_layers) == (
+            paper.hidden_size, paper.num_hidden_layers):
         print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
               f"{whole * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
 
@@ -303,5 +306,7 @@ def show_tokenizer(args, trained, discriminator, lpips, resolution):
     hours = whole * args.batch * args.steps / (args.tflops * 1e12) / 3600
     if not lpips:
         print("  without LPIPS's: name --vgg and --lpips to count it")
+    if args.clip_weight:
+        print("  without what --clip-weight's loss keeps")
     print(f"\nTFLOP of a picture, forward and backward, LPIPS not counted: {whole / 1e12:.4g}\n"
           f"{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours")

@@ -59,14 +59,16 @@ def main():
     args = options().parse_args()
     sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank,
              "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
-             "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets,
-             "text_to_image": args.text_to_image > 0}
+             "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
+    sizes |= {"text_to_image": True} if args.text_to_image else {}                            # once learned it stays
     if args.plan:
-        return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer, **sizes), "pretrain")
+        return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer or args.llm, **sizes), "pretrain")
     refuse_other_sizes(args.llm, sizes)
-    args.llm, args.image_tokenizer = args.llm or TOY / "llama", args.image_tokenizer or TOY / "tokenizer"
+    args.llm = need(args.llm or TOY / "llama")
+    if is_llama(Path(args.llm) / "config.json"):          # a Libra has an image tokenizer of its own
+        args.image_tokenizer = args.image_tokenizer or TOY / "tokenizer"
     world = engine.start(args)
-    model = Libra.from_pretrained(need(args.llm), need(args.image_tokenizer), **sizes)
+    model = Libra.from_pretrained(args.llm, args.image_tokenizer and need(args.image_tokenizer), **sizes)
     for module in model.llama():
         module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
     recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,

@@ -124,8 +124,8 @@ def completions(model, count, seed):
     """The upper half is given. Lower cells hold a valid object or clean ground?"""
     random, good, shown = np.random.default_rng([seed, 22]), Counter(), []
     source = scenes(random, "held out")
-    for _ in range(0, count, 50):
-        pictures = [Image.fromarray(render(next(source), random)) for _ in range(50)]
+    for start in range(0, count, 50):
+        pictures = [Image.fromarray(render(next(source), random)) for _ in range(min(50, count - start))]
         rows = model.config.image_feature_resolution // 2
         for truth, drawn in zip(pictures, complete(model, pictures, rows)):
             cells = detect(np.asarray(drawn))[2:]

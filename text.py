@@ -53,12 +53,12 @@ class Text:
         return [self.bos] + self._encode(text)
 
     def caption(self, caption, end=True, image_first=True, most=None):
-        """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG]  (Sec. 3.3).
+        """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG]  (Sec. 3.3, 4.3).
 
         most: tokens of the caption that are kept; a caption that was cut has no </s>. -> ids, counted
         """
         words = self._after_image(caption)[1:] if image_first else self._encode(caption)
-        end = [self.eos] if end and image_first and not (most and len(words) > most) else []
+        end = [self.eos] if end and image_first and (most is None or len(words) <= most) else []
         words = words[:most] + end
         if image_first:
             return [self.bos, IMG, self.newline] + words, [0, 1, 0] + [1] * len(words)

@@ -48,7 +48,7 @@ def open_image(source):
         image = upright(image)
         if image.mode.startswith(("I", "F")):             # 16 bits, which PIL would clip at 255, or floats from 0 to 1
             grey = np.asarray(image, dtype=np.float32)
-            most = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() <= 1 else 255
+            most = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() < 2 else 255
             grey = grey * (255 / most)
             image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
@@ -390,7 +390,8 @@ def read_published(folder, dtype=None):
     dd = params.pop("ddconfig", None) if isinstance(params, dict) else None
     if not isinstance(dd, dict):
         raise UserError(f"{path}: expected the mappings params and, in it, ddconfig")
-    checkpoint, encoder = folder / params.pop("ckpt_path", "vqgan.ckpt"), folder / dd.pop("encoder_name", "")
+    checkpoint, encoder = params.pop("ckpt_path", None) or "vqgan.ckpt", dd.pop("encoder_name", None) or ""
+    checkpoint, encoder = folder / str(checkpoint), folder / str(encoder)
     top = {key: top[key] for key in top if key not in ("freeze", "max_vision_token_length")}
     for key, value in YAML_FIXED.items():
         if dd.pop(key, value) != value:

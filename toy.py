@@ -1,6 +1,6 @@
 """Everything a laptop needs in place of the web: the toy world's pictures and stand-ins for the public weights.
 
-    python toy.py --out runs/toy          # minutes: captions, chats, questions, SentencePiece, LLaMA, CLIP
+    python toy.py --out runs/toy          # minutes: captions, chats, questions, SentencePiece, CLIP, LLaMA
 
 Nothing later knows that these are toys: the folders are a Hugging Face LLaMA, a Hugging Face CLIP vision tower,
 img2dataset shards and LLaVA JSON, and questions in the formats of the public benchmarks.

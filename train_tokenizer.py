@@ -159,7 +159,7 @@ NUMBERS = {"embed_dim": "channels in front of the quantizer and behind it", "cod
            "num_res_blocks": "residual blocks of a level, one less than the decoder has"}
 LISTS = {"select_layers": "states of the CLIP that make up the signal; 0: its embedding",
          "ch_mult": "channels of each level, full resolution first, times --ch",
-         "attn_resolutions": "sides of the levels that have attention"}
+         "attn_resolutions": "sides of the levels that have attention, by default the codes' grid"}
 LIMITS = {"num_res_blocks": (0,), "select_layers": (0,), "codebook_size": (2, 2 ** 18)}    # its loss looks at all codes
 PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
 DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
@@ -175,7 +175,7 @@ def options():
                         "reads it three times")
     g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
                    help="what paths in JSON files are relative to")
-    g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; without them only L1")
+    g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; None: no LPIPS")
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
     g = parser.add_argument_group("the tokenizer (None: as published, or as in `make demo` over a CLIP of 56 pixels)")
     for name, words in (NUMBERS | LISTS).items():
@@ -211,6 +211,7 @@ def shown(size):
 def fill_in(args, clip):
     """The sizes that were left open"""
     usual = PUBLISHED | DEMO if clip["image_size"] == 56 else PUBLISHED
+    usual = usual | {"attn_resolutions": (clip["image_size"] // clip["patch_size"],)}         # as both have it
     for name in (*NUMBERS, *LISTS):
         if getattr(args, name) is None:
             setattr(args, name, usual[name])
@@ -290,7 +291,7 @@ def main():
     tokenizer.to(world.device)
     discriminator = Discriminator().to(world.device)
     if bool(args.vgg) != bool(args.lpips):
-        raise UserError("LPIPS needs both --vgg and --lpips; without them the loss is L1 alone")
+        raise UserError("LPIPS needs both --vgg and --lpips; leave both out to do without it")
     if args.clip_weight and args.encoder != "clip":
         raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     lpips = LPIPS().read(args.vgg, args.lpips).to(world.device) if args.vgg and args.lpips else None
@@ -300,7 +301,7 @@ def main():
 
 def train(args, world, tokenizer, discriminator, lpips, recipe):
     """The whole loop: reconstruct, judge, update generator and discriminator, log, checkpoint."""
-    out, sources = Path(args.out), open_sources(args.data, args.images)
+    out, sources = Path(args.out), open_sources(args.data, args.images, only_pictures=True)
     models = [Trained(tokenizer, args.entropy_weight, args.ema).to(world.device), discriminator]
     wrapped, wrapped_disc = (engine.replicate(model, world) for model in models)
     optimizers = [engine.adamw(model.parameters(), args) for model in models]

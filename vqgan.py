@@ -81,7 +81,7 @@ class Decoder(nn.Module):
 
 class Encoder(nn.Module):
     """Pictures (B, 3, R, R) in [-1, 1] -> (B, z_channels, G, G): what Table 3 (g) has in place of the frozen CLIP. A
-    resolution that is no power of two times G is scaled to one first."""
+    resolution other than G * 2^(levels - 1) is scaled to that first."""
 
     def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, z_channels, grid, heads):
         super().__init__()

@@ -95,22 +95,23 @@ def _yaml_value(text):
     return {"true": True, "false": False, "null": None, "none": None}.get(word.lower(), word)
 
 
-def weight_files(folder, stems=("model", "pytorch_model")):
+def weight_files(folder):
     """-> the files of a folder's weights: one file, or the shards of an index; safetensors before pickles."""
-    folder = Path(folder)
-    for stem, ending in zip(stems, (".safetensors", ".bin")):
+    folder, usual = Path(folder), (("model", ".safetensors"), ("pytorch_model", ".bin"))
+    for stem, ending in usual:
         single, index = folder / (stem + ending), folder / (stem + ending + ".index.json")
         if single.is_file():
             return [single]
         if index.is_file():
-            names = sorted(set((read_json(index).get("weight_map") or {}).values()))
+            named = read_json(index).get("weight_map")
+            names = sorted(set(named.values())) if isinstance(named, dict) else []
             lost = [name for name in names if not (folder / name).is_file()]
             if lost or not names:
                 raise UserError(f"{index}: names {len(names)} shards, of which {', '.join(lost) or 'all'} "
                                 f"{'is' if len(lost) == 1 else 'are'} missing in {folder}: fetch the folder again")
             return [folder / name for name in names]
     raise UserError(f"{folder}: no weights; expected one of "
-                    + ", ".join(f"{s}{e} or {s}{e}.index.json" for s, e in zip(stems, (".safetensors", ".bin"))))
+                    + ", ".join(f"{s}{e} or {s}{e}.index.json" for s, e in usual))
 
 
 def read_tensors(path):

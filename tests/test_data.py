@@ -10,8 +10,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from data import Batches, Order, Recipe, Samples, expand, list_shard, open_source
+from data import Batches, Order, Recipe, Samples, expand, list_shard, open_source, open_sources
 from text import Text
+from weights import UserError
 
 
 @pytest.mark.parametrize("then", [1, 4])
@@ -112,6 +113,17 @@ def test_names_in_braces(tmp_path):
             (tmp_path / folder / f"{number:02d}.tar").write_bytes(b"")
     found = expand([str(tmp_path / "{0..1}/{08..10}.tar@2")])
     assert [name[-8:] for name in found] == [f"/{f}/{n:02d}.tar" [-8:] for f in "01" for n in (8, 9, 10)] * 2
+    assert len(expand([str(tmp_path / "{0..1}/*.tar")])) == 6
+    with pytest.raises(UserError, match="1 of 4 files are missing, first .*2/.*tar"):
+        expand([str(tmp_path / "{1..2}/*.tar")])
+
+
+def test_pictures_alone_of_chats(tmp_path):
+    """The image tokenizer's stage passes over chats without a picture, which are not bad"""
+    (tmp_path / "a.jpg").write_bytes(picture())
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"id": 1, "conversations": []}, {"id": 2, "image": "a.jpg", "conversations": []}] * 3))
+    assert [len(open_sources([str(path)], tmp_path, only)[0].entries) for only in (False, True)] == [6, 3]
 
 
 def test_what_can_be_wrong_in_a_conversation(tmp_path):
@@ -125,6 +137,7 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
         "unanswered": {"image": "a.jpg", "conversations": talk[:1]},
         "turned": {"image": "a.jpg", "conversations": [talk[0], talk[0]]},
         "unmarked": {"image": "a.jpg", "conversations": [{"from": "human", "value": "what"}, talk[1]]},
+        "null": {"image": "a.jpg", "conversations": [talk[0], {"from": "gpt", "value": None}]},
         "odd": {"image": "a.jpg", "conversations": [{"from": "human"}, talk[1]]}, "bare": {"image": "a.jpg"}}
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([{"id": name, **entry} for name, entry in entries.items()]))
@@ -133,4 +146,4 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
     assert {name: cause for name, cause in found.items() if name in entries} == {
         "fine": None, "text": None, "broken": "bad_image", "outside": "path_outside",
         "silent": "no_label", "unanswered": "image_marks", "turned": "roles", "unmarked": "image_marks"}
-    assert sorted(cause for name, cause in found.items() if name not in entries) == ["bad_entry", "bad_entry"]
+    assert sorted(cause for name, cause in found.items() if name not in entries) == ["bad_entry"] * 3

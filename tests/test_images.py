@@ -44,6 +44,7 @@ def test_odd_pictures():
     assert colour(open_image(Image.new("1", (9, 9), 1)), 5, 5) == white
     assert colour(open_image(Image.new("F", (9, 9), 128.0)), 5, 5) == grey
     assert colour(open_image(Image.new("F", (9, 9), 0.5)), 5, 5) == grey
+    assert colour(open_image(Image.new("F", (9, 9), 1.01)), 5, 5) == white                    # resampled a bit too far
     exif = Image.Exif()
     exif[274] = 3                                         # upside down
     assert colour(open_image(saved(half_red(), "JPEG", exif=exif, quality=95)), 5, 5) == blue

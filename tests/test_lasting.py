@@ -123,6 +123,19 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert [path.name for path in found] == ["checkpoint-1000000", "checkpoint-999999", "checkpoint-000500.old"]
 
 
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
+    """--keep 1 after going on from an older one: the only whole checkpoint stays though a damaged one is newer"""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpoints(tmp_path, SimpleNamespace(**vars(ARGS) | {"keep": 1}), ALONE)
+    for step in (2, 6, 4):
+        checkpoints.save(step, [model], [optimizer], [0, 0, step], wait=True)
+        if step == 6:
+            (tmp_path / "checkpoint-000006/done.json").write_text("{")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000004", "checkpoint-000006"]
+    assert checkpoints.resume(True, [model], [optimizer])[0] == 4
+
+
 def test_random_states_come_back(tmp_path):
     """What python, numpy and torch draw behind a save, they draw again behind a load"""
     def draw():

@@ -96,6 +96,15 @@ def test_pretraining_freezes_the_llama(toy, base):
     assert Image.open(base / "samples/000007.png").size == (924, 6 * 112)
 
 
+def test_a_libra_pretrained_further_stays_what_it_is(toy, base, tmp_path):
+    """Its own image tokenizer, and that it learned to draw"""
+    run("pretrain.py", "--llm", base, "--data", toy / "captions/*.tar", "--out", tmp_path,
+        "--steps 1 --warmup 0 --batch 2")
+    before, after = (load_file(path / "image_tokenizer/model.safetensors") for path in (base, tmp_path))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert json.loads((tmp_path / "config.json").read_text())["text_to_image"] is True
+
+
 def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     resumed("pretrain.py", pretrain, base, tmp_path / "a")
     run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
@@ -157,10 +166,12 @@ def test_generate(toy, base, tuned, tmp_path):
     assert "tokens in" in run("generate.py", "--model", base, "--image", picture, few, "--raw --verbose", "red")
     asked = [{"id": n, "question": "What?"} | ({"image": str(picture)} if n % 2 else {}) for n in range(5)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    for size in (1, 4):
+    for size, more in ((1, ""), (4, ""), (2, "--temperature 2"), (3, "--temperature 2")):
         run("generate.py", "--model", tuned, "--batch", tmp_path / "asked.jsonl", few, "--batch-size", size, "--out",
-            tmp_path / f"{size}.jsonl")
-    one, four = ([json.loads(row) for row in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in (1, 4))
+            tmp_path / f"{size}.jsonl", more)
+    one, two, three, four = ([json.loads(row) for row in (tmp_path / f"{n}.jsonl").read_text().splitlines()]
+                             for n in (1, 2, 3, 4))
+    assert two == three != one and two[0]["answer"] != two[2]["answer"]                       # sampled, each its own
     assert one == four and [row["id"] for row in one] == list(range(5)) and one[1]["answer"] == line["answer"]
     (tmp_path / "asked.jsonl").write_text('{"question": 3}')
     assert "asked.jsonl, line 1" in run("generate.py", "--model", tuned, "--batch", tmp_path / "asked.jsonl", ok=False)
@@ -175,6 +186,9 @@ def test_generate(toy, base, tuned, tmp_path):
     for bad, message in ((["--model", tmp_path / "gone", "x"], "is not there"),
                          (["--image", "gone.jpg", "x"], "gone.jpg: no such file"),
                          (["--complete", picture, "--rows 7"], "give 1 to 6"), (["--draw x --top-p 2"], "at most 1"),
+                         (["--seed 3 x"], "give a --temperature above 0"),
+                         (["--batch-size 3 x"], "--batch-size belongs"),
+                         (["--temperature 1 --reconstruct", picture], "--temperature belongs"),
                          (["--draw x --out", tmp_path / "x.nothing"], "cannot be written")):
         words = bad if "--model" in bad else ["--model", tuned, *bad]
         assert message in run("generate.py", *words, ok=False)
@@ -200,6 +214,11 @@ def test_evaluate(toy, base, tuned, tmp_path):
     words = ["--task exact --data", f"{held}_questions.json", f"{held}_annotations.json", "--images", images, "--model",
              tuned, "--limit 16 --batch 4 --max-new-tokens 6"]
     results = {}
+    (tmp_path / "a.0.0.jsonl").write_text('{"task": "of another run"}')       # [a] as a pattern names it
+    run("evaluate.py", *words, "--out", tmp_path / "[a]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["[a]", "a.0.0.jsonl"]
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
     for name, more in (("all", ""), ("swapped", "--blind swapped"), ("zeroed", "--blind zeroed")):
         run("evaluate.py", *words, "--out", tmp_path / name, more)
         results[name] = json.loads((tmp_path / name).read_text())
@@ -274,7 +293,10 @@ def test_choices_by_likelihood(toy, tuned, tmp_path):
 def test_looking_at_a_dataset(toy, tmp_path):
     """Counts, sizes, lengths, bad samples, and what counts in brackets"""
     said = run("data.py", toy / "captions/*.tar", toy / "chats/chat.json", "--images", toy / "chats/images",
-               "--llm", toy / "llama")
+               "--llm", toy / "llama", "--grid 7 --max-length 4096")
+    assert "cut at 512" in said                           # what the trainers would cut at
+    few = run("data.py", toy / "captions/*.tar", "--llm", toy / "llama", ok=False)
+    assert "too few for a picture of 24 x 24" in few
     assert "tar, 60 samples, 60 read" in said and "llava, 40 samples, 40 read" in said
     assert "100 pictures: 56 to 56 pixels wide" in said and "0 of the 100 samples that were read cannot be used" in said
     assert "<image>" in said and "ASSISTANT:[" in said.replace("ASSISTANT: [", "ASSISTANT:[") and "</s>]" in said

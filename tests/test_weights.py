@@ -168,6 +168,7 @@ def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled)
 @pytest.mark.parametrize("field, value, message", [
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*llama3"),
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope_scaling is .*yarn"),
+    ("rope_parameters", 5, "rope_parameters is 5"),
     ("sliding_window", 4096, "sliding_window is 4096"), ("attention_bias", True, "attention_bias is True"),
     ("mlp_bias", True, "mlp_bias is True"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
     ("model_type", "qwen2", "model_type is 'qwen2'"), ("num_experts", 8, "unknown fields: num_experts = 8"),
@@ -219,6 +220,12 @@ def test_missing_and_cut_shards(folder, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="model-00003-of-00005.safetensors is missing"):
         Libra.from_pretrained(path)
+    index = path / "model.safetensors.index.json"
+    named = index.read_text()
+    index.write_text('{"weight_map": ["a"]}')
+    with pytest.raises(UserError, match="index.json: names 0 shards"):
+        Libra.from_pretrained(path)
+    index.write_text(named)
     shard.write_bytes(content[:100])
     with pytest.raises(UserError, match="model-00003-of-00005.safetensors: cannot be read"):
         Libra.from_pretrained(path)
