@@ -116,8 +116,8 @@ class Attention(nn.Module):
         return route(self, "o_proj", self.meet(q, views, streams, rope, cache, layer))
 
     def unused_bridge(self, modality, x):
-        """0: where all queries are of one modality none looks over the bridge on it. Added so that the bridge's gradient is
-        zero rather than none, and all processes have the same ones."""
+        """0: where all queries are of one modality none looks over the bridge on it. Added so that its gradient is zero
+        rather than none, and all processes have the same ones."""
         on = "vision" if modality == IMAGE else "language"
         return 0 * sum(getattr(self, f"vision_{y}_bridge_on_{on}")(x[:0]).sum() for y in "kv")
 
