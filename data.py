@@ -415,7 +415,7 @@ def loader(sources, recipe, batch, micro_batch, seed, rank=0, world=1, workers=0
 def check(files, images, llm, most, max_length, grid):
     """Print what the readers make of up to --limit samples of each file: kinds, sizes, lengths, what cannot be used and
     why, three examples of a file with the text that counts in [brackets]."""
-    text, path = Text(Path(llm) / "tokenizer.model"), Path(llm) / "config.json"
+    files, text, path = expand(files), Text(Path(llm) / "tokenizer.model"), Path(llm) / "config.json"
     config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline, image_feature_resolution=grid)
     if path.exists():
         config.max_position_embeddings = read_json(path).get("max_position_embeddings", config.max_position_embeddings)
@@ -423,7 +423,7 @@ def check(files, images, llm, most, max_length, grid):
         raise UserError(f"{path}: {config.max_position_embeddings} positions, too few for a picture of {grid} x {grid} "
                         "tokens: give the --grid of the image tokenizer (the toy world's is 7)")
     recipe, bad, sizes, lengths, examples = Recipe(text, config, 14, max_length), Counter(), [], [], []
-    for path in expand(files):
+    for path in files:
         source, shown = open_source(path, images), 0
         samples = Samples([source], recipe)
         places = [place for part in range(max(1, -(-len(source.entries) // SHARD)))

@@ -64,10 +64,10 @@ def main():
     if args.plan:
         return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer or args.llm, **sizes), "pretrain")
     refuse_other_sizes(args.llm, sizes)
-    args.llm = need(args.llm or TOY / "llama")
-    if is_llama(Path(args.llm) / "config.json"):          # a Libra has an image tokenizer of its own
-        args.image_tokenizer = args.image_tokenizer or TOY / "tokenizer"
+    args.llm = args.llm or TOY / "llama"
     world = engine.start(args)
+    if is_llama(Path(need(args.llm)) / "config.json"):    # a Libra has an image tokenizer of its own
+        args.image_tokenizer = args.image_tokenizer or TOY / "tokenizer"
     model = Libra.from_pretrained(args.llm, args.image_tokenizer and need(args.image_tokenizer), **sizes)
     for module in model.llama():
         module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
