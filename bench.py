@@ -34,7 +34,7 @@ from data import Recipe, loader, open_source
 from generation import RECORD_AFTER, generate
 from measure import HEAD, Bench
 from model import Libra, Tokenizers
-from plan import CLIP_L, flops_of
+from plan import CLIP_L, ROOM, bytes_per_gpu, flops_of
 from products import product, together
 from streams import Streams
 from text import IMG, Text, spell_out
@@ -365,14 +365,15 @@ def whole_rows(bench, size):
 
 def layers_that_fit(bench, size):
     """All, or half of them and so on where weights, gradients and AdamW's state leave no room for anything else on one
-    GPU: 16 bytes for a weight that learns"""
+    GPU"""
     layers = LibraConfig(**SIZES[size]).num_hidden_layers
     while bench.device.type == "cuda" and layers > 1:
         with shapes_only():
             model = Libra(LibraConfig(**SIZES[size] | {"num_hidden_layers": layers}))
-        learning = sum(p.numel() for leaf in model.vision() for p in leaf.parameters())
-        needed = 16 * learning + 2 * (sum(p.numel() for p in model.parameters()) - learning)
-        if needed < 0.85 * torch.cuda.get_device_properties(bench.device).total_memory:
+        frozen = sum(p.numel() for module in model.llama() for p in module.parameters())
+        learning = sum(p.numel() for p in model.parameters()) - frozen
+        needed = sum(bytes_per_gpu(learning, frozen, "ddp", 1, bench.dtype, layers).values())
+        if needed < ROOM * torch.cuda.get_device_properties(bench.device).total_memory:
             break
         layers //= 2
     return layers

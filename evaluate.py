@@ -94,7 +94,7 @@ def main():
     print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
     if args.out:
         write_json(args.out, result)
-        for path in Path(args.out).parent.glob(f"{glob.escape(Path(args.out).name)}.*.jsonl"):
+        for path in kept_files(args.out):
             path.unlink()                                 # what they kept is in the JSON now
 
 
@@ -150,10 +150,14 @@ def another(items, n):
     raise UserError("--blind swapped: all questions are about one picture")
 
 
+def kept_files(stem):
+    return sorted(Path(stem).parent.glob(glob.escape(Path(stem).name) + ".*.jsonl"))
+
+
 def kept(keep, about):
     """Answers of runs that were broken off: {number: answer}. Those of other questions or settings are refused."""
     answers = {}
-    for path in sorted(Path(keep).parent.glob(glob.escape(Path(keep).name) + ".*.jsonl")) if keep else []:
+    for path in kept_files(keep) if keep else []:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)

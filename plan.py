@@ -271,7 +271,7 @@ def kept_by_tokenizer(trained, discriminator, lpips, pixels, dtype):
     discriminator keep."""
     norms = [module.register_forward_pre_hook(lambda _, x: (x[0].float(),))
              for module in trained.modules() if isinstance(module, torch.nn.GroupNorm)]
-    kept = Kept([p for module in (trained, discriminator, lpips) if module for p in module.parameters()])
+    kept = Kept([p for module in filter(None, (trained, discriminator, lpips)) for p in module.parameters()])
     with kept.hooks:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             picture, _, losses = trained(pixels)
@@ -292,7 +292,7 @@ def show_tokenizer(args, trained, discriminator, lpips, resolution):
         some = list(module.parameters())
         print(f"  {part:24}{sum(p.numel() for p in some) / 1e9:9.3f} B  {'learns' if some[0].requires_grad else ''}")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (trained, discriminator, *[lpips] * bool(lpips)):
+        for module in filter(None, (trained, discriminator, lpips)):
             module.to_empty(device="cpu")
         kept = kept_by_tokenizer(trained, discriminator, lpips, torch.empty(micro, 3, resolution, resolution), dtype)
         with FlopCounterMode(display=False) as counter:

@@ -86,4 +86,4 @@ def test_no_gpu():
 def test_a_small_gpu_trains_fewer_layers(gigabytes, layers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: SimpleNamespace(total_memory=gigabytes * 10 ** 9))
-    assert bench.layers_that_fit(bench.Bench("cuda"), "full") == layers
+    assert bench.layers_that_fit(bench.Bench("cuda", torch.bfloat16), "full") == layers
