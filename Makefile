@@ -1,5 +1,6 @@
 # make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds
-# make test        a virtual environment, the packages, the linter, all tests
+# make test        a virtual environment, the packages, the linter, all tests; under 10 minutes on two cores
+# make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
 # make bench       speed and memory, each against something named; minutes
@@ -26,16 +27,16 @@ SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 demo: $(VENV)/run
 	@mkdir -p $(TOY) && date +%s > $(TOY)/.began
-	$(RUN) toy.py --out $(TOY) $(WORLD)
+	$(RUN) -m toy.make --out $(TOY) $(WORLD)
 	test -f $(TOY)/tokenizer/model.safetensors || $(RUN) train_tokenizer.py --clip $(TOY)/clip \
 		--data '$(TOY)/captions/*.tar' --out $(TOY)/tokenizer --resume $(TOKENIZER) $(SHORT)
 	test -f $(TOY)/pretrain/model.safetensors || $(RUN) pretrain.py --llm $(TOY)/llama \
 		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume $(PRETRAIN) $(BRIEF)
 	test -f $(TOY)/sft/model.safetensors || $(RUN) sft.py --model $(TOY)/pretrain --data $(TOY)/chats/chat.json \
 		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(BRIEF)
-	$(RUN) foreign.py --out $(TOY)/foreign
+	$(RUN) -m toy.other_renderer --out $(TOY)/foreign
 	test $(TOY)/report.json -nt $(TOY)/sft/model.safetensors || \
-		$(RUN) report.py --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
+		$(RUN) -m toy.report --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
 	@echo "demo took $$(( ($$(date +%s) - $$(cat $(TOY)/.began)) / 60 )) minutes; look at $(TOY)/report.png"
 	@echo "Ask it something: $(RUN) generate.py --model $(TOY)/sft --image $(TOY)/eval/images/000000000000.png"
 	@rm -f $(TOY)/.began
@@ -51,25 +52,25 @@ demo-seeds: demo
 			--data '$(TOY)/captions/*.tar' --out $$to/pretrain --resume --seed $$seed $(PRETRAIN) $(BRIEF); \
 		test -f $$to/sft/model.safetensors || $(RUN) sft.py --model $$to/pretrain --data $(TOY)/chats/chat.json \
 			--images $(TOY)/chats/images --out $$to/sft --resume --seed $$seed $(SFT) $(BRIEF); \
-		$(RUN) report.py --toy $(TOY) --models $$to --seed $$seed $(LIMIT); \
+		$(RUN) -m toy.report --toy $(TOY) --models $$to --seed $$seed $(LIMIT); \
 	done
-	$(RUN) report.py --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
+	$(RUN) -m toy.report --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
 # Table 3 at 400 and 500 of the demo's 1,100 and 1,000 steps, three seeds of eight rows: over two hours on two cores
 ablate: demo
-	$(RUN) ablate.py --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
+	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
 		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
 
 # Speed and memory, as ratios; transformers is in the test environment
 bench: $(VENV)/test
-	mkdir -p runs && $(RUN) bench.py --out runs/bench.json
+	mkdir -p runs && $(RUN) -m bench --out runs/bench.json
 
 clean-demo:
 	rm -rf $(TOY)
 
-test: $(VENV)/test
+test test-fast: $(VENV)/test
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(filter test-fast,$@),-m "not slow")
 
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -80,4 +81,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate bench clean-demo test
+.PHONY: demo demo-seeds ablate bench clean-demo test test-fast

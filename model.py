@@ -1,16 +1,17 @@
 """Libra (Sec. 3.1, Eq. 1-6): a LLaMA in which image tokens have weights of their own, and a bridge between the two.
 
-    model = Libra.from_pretrained("libra-11b-chat", dtype=torch.bfloat16, device="cuda")
-    model.ask("cat.jpg", "What is unusual here?")
+    libra = Libra.from_pretrained("libra-11b-chat", dtype=torch.bfloat16, device="cuda")
+    generate.ask(libra, "cat.jpg", "What is unusual?")
 
-Top to bottom: the parts of a layer (norm, low-rank expert, attention with the bridge, FFN), the model with its hybrid
-input, its two kinds of heads and its loss, a step of generation, and how weights come and go.
+Top to bottom: sizes; attention with two views of the keys, plain and fast; the expert and the bridge in a layer;
+the model with its input, heads and loss; loading and saving.
 
-Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V text vocabulary,
-K codebooks of N codes, G grid side, C width of the contiguous signal; n_text and n_image tokens in the two streams.
+Letters: B rows, L positions, D hidden size, H heads, d head_dim, V text vocabulary, K codebooks of N codes, G side of
+the grid of codes, C width of the contiguous signal E_c; n_text and n_image tokens in the two streams.
 """
+import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,46 +19,110 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import plain_attention, routed_attention
-from config import LibraConfig, is_llama
-from elementwise import normalize, rope_table, rotate, swiglu
-from generation import generate, see, write
-from products import Linear, lay, product, untouched
+from common.config import check_divisible, is_llama
+from common.weights import UserError, assign, save_tensors, shapes_only, write_json
+from llama import (
+    Attention,
+    Block,
+    FeedForward,
+    Linear,
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    apply_rope,
+    causal_attention,
+    linear,
+    read_llama_tensors,
+    rope_tables,
+    swiglu,
+)
 from streams import IMAGE, TEXT
-from text import Text, spell_out
+from text import Text
 from tokenizer import ImageTokenizer
-from weights import UserError, assign, read_folder, save_tensors, shapes_only, write_json
-
-# ---------------------------------------------------------------- the parts of a layer
 
 
-def route(module, name, x):
-    """Eq. 1, 2: every token through the weights of its own modality, `name` for text, `vision_name` for image tokens.
+@dataclass
+class LibraConfig(LlamaConfig):
+    """A LLaMA's fields and Libra's own; the defaults are the published 11.3 B model's."""
+    vision_vocab_size: int = 514                          # N codes, BOI, EOI
+    vision_codebook_num: int = 2                          # K
+    image_feature_resolution: int = 24                    # G
+    contiguous_signal_size: int = 4096                    # C
+    newline_token_id: int = 13
+    vision_down_ratio: int = 4                            # rank of an expert matrix = its output size / this
+    bridge_rank: int = 8
+    use_bridge: bool = True                               # False: Table 3 (e)
+    use_expert: bool = True                               # False: Table 3 (d), image tokens use the LLaMA's weights
+    discrete_only: bool = False                           # Table 3 (f): E_c is zero throughout
+    contiguous_targets: bool = False                      # Table 3 (b): image positions regress the next token's E_c
+    text_to_image: bool = False                           # trained to draw, E_c = 0 behind a caption (Sec. 4.3)
 
-    x: [(n_text, .), (n_image, .)]; a stream that is None stays None. Without an expert both use the LLaMA's weights.
+    def __post_init__(self):
+        super().__post_init__()
+        check_divisible(self.hidden_size, self.vision_codebook_num, "each codebook fills its share of an embedding")
+        for size in (self.hidden_size, self.num_key_value_heads * self.head_dim, self.intermediate_size):
+            check_divisible(size, self.vision_down_ratio, "an expert matrix has rank output size / vision_down_ratio")
+
+    @property
+    def codes(self):
+        return self.vision_vocab_size - 2                 # N; BOI is code N, EOI is N + 1
+
+    @property
+    def image_tokens(self):
+        return self.image_feature_resolution ** 2 + 2     # BOI, G * G codes, EOI
+
+    def to_dict(self):
+        """For config.json, with the published names"""
+        return {"model_type": "libra", "architectures": ["LibraForCausalLM"], **asdict(self),
+                "max_vision_token_length": self.image_tokens}
+
+
+# ---------------------------------------------------------------- attention with two views of keys and values
+
+def plain_attention(q, views, is_image, mask=None):
+    """Eq. 3-5 literally, with the L x L matrices: for reading, for tests, for looking at the maps.
+
+    q (B, H, L, d); views {modality: (keys, values) as queries of that modality see them}, (B, H_kv, L_k, d) each;
+    is_image (B, L); mask (B, 1, 1, L_k) for rows of different lengths -> outputs (B, H, L, d), maps (B, H, L, L_k)
     """
-    text, image = x
-    own = getattr(module, name)
-    return [None if text is None else own(text),
-            None if image is None else getattr(module, "vision_" + name, own)(image)]
+    image_query = is_image[:, None, :, None]
+    only_view = next(iter(views.values()))
+    (k_text, v_text), (k_image, v_image) = (
+        [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in views.get(modality, only_view)]
+        for modality in (TEXT, IMAGE))
+    scores = torch.where(image_query, q @ k_image.mT, q @ k_text.mT) / math.sqrt(q.shape[-1])                 # Eq. 4
+    queries, keys = scores.shape[-2:]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    maps = scores.masked_fill(~(causal if mask is None else causal & mask), -torch.inf).softmax(dim=-1)       # Eq. 1
+    return torch.where(image_query, maps @ v_image, maps @ v_text), maps                                      # Eq. 5
 
 
-def plus(x, y):
-    return [a if b is None else a + b for a, b in zip(x, y)]
+def fast_attention(q, views, streams, mask=None):
+    """The same without a matrix of scores, on torch's fused kernels. Shapes as in plain_attention.
+
+    If all rows have their images at the same places, as in pretraining: one causal call that ends with the last image,
+    for the image queries, and one call for the text queries alone. Any other batch: two causal calls.
+    """
+    if len(streams.query_modalities) == 1 or len(views) == 1:
+        return causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
+    if streams.text_positions is None:
+        return two_pass_attention(q, views, streams, mask)
+    image = causal_attention(*(x[:, :, :streams.image_end] for x in (q, *views[IMAGE])))
+    text = causal_attention(q[:, :, streams.text_positions], *views[TEXT], streams.text_mask)
+    image = F.pad(image, (0, 0, 0, q.shape[2] - streams.image_end))
+    return image.index_copy(2, streams.text_positions, text)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+def two_pass_attention(q, views, streams, mask=None):
+    """Every query against both views; the output of its own modality's view is kept."""
+    text, image = (causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
+    return torch.where(streams.is_image[:, None, :, None], image, text)
 
-    def forward(self, x):
-        return normalize(x, self.weight, self.eps)
 
+# ---------------------------------------------------------------- the visual expert and the bridge
 
 class LowRank(nn.Module):
-    """W = B A, with A (rank, in) and B (out, rank). A bridge starts at zero, so that training starts without it."""
+    """W = B A, with A (rank, in) and B (out, rank). A bridge starts at zero: training starts from the plain expert."""
 
     def __init__(self, size_in, size_out, rank, start_at_zero=False):
         super().__init__()
@@ -66,109 +131,100 @@ class LowRank(nn.Module):
         self.weight_B = nn.Parameter(torch.empty(size_out, rank))
 
     def forward(self, x):
-        return product(product(x, self.weight_A), self.weight_B)
+        return linear(linear(x, self.weight_A), self.weight_B)
 
 
-class Attention(nn.Module):
-    """Eq. 1, 3-5. `record`, a list, takes the attention maps of the plain form: how to look inside (Fig. 4)."""
+def add_expert(module, config, names):
+    """For each matrix `name` of a LLaMA module a low-rank `vision_name` for image tokens. Without an expert (Table 3 d)
+    `vision_name` is the LLaMA's matrix under a second name, which is no second parameter."""
+    for name in names:
+        linear = getattr(module, name)
+        if config.use_expert:
+            rank = linear.out_features // config.vision_down_ratio
+            module.add_module("vision_" + name, LowRank(linear.in_features, linear.out_features, rank))
+        else:
+            module.__dict__["vision_" + name] = linear
 
+
+class LibraAttention(Attention):
+    """`attend` is Eq. 1 and 3-5 over two streams; `forward`, for text alone, is the LLaMA's."""
     def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, width)
-        self.k_proj = Linear(c.hidden_size, kv_width)
-        self.v_proj = Linear(c.hidden_size, kv_width)
-        self.o_proj = Linear(width, c.hidden_size)
-        if c.use_expert:
-            self.vision_q_proj = LowRank(c.hidden_size, width, width // c.vision_down_ratio)
-            self.vision_k_proj = LowRank(c.hidden_size, kv_width, kv_width // c.vision_down_ratio)
-            self.vision_v_proj = LowRank(c.hidden_size, kv_width, kv_width // c.vision_down_ratio)
-            self.vision_o_proj = LowRank(width, c.hidden_size, c.hidden_size // c.vision_down_ratio)
-        if c.use_bridge:
+        super().__init__(config)
+        add_expert(self, config, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        if config.use_bridge:
             for name in ("vision_k_bridge_on_language", "vision_v_bridge_on_language",
                          "vision_k_bridge_on_vision", "vision_v_bridge_on_vision"):
-                self.add_module(name, LowRank(c.hidden_size, kv_width, c.bridge_rank, start_at_zero=True))
-        self.record = None
+                self.add_module(name, LowRank(config.hidden_size, self.k_proj.out_features, config.bridge_rank, True))
+        self.recorded_maps = None                         # a list here collects the maps of plain_attention (Fig. 4)
 
-    def seen_by(self, modality, x, k, v):
-        """F_b of Eq. 3 and 5: keys and values as queries of one modality see them. Those of the other modality pass the
-        bridge: K' = X W^K + X W^K', and V' alike."""
-        other = 1 - modality
-        if not self.config.use_bridge or x[other] is None:
-            return k, v
-        on = "vision" if other == IMAGE else "language"
-        k, v = list(k), list(v)
-        k[other] = k[other] + getattr(self, f"vision_k_bridge_on_{on}")(x[other])             # Eq. 3
-        v[other] = v[other] + getattr(self, f"vision_v_bridge_on_{on}")(x[other])             # below Eq. 5
-        return k, v
-
-    def forward(self, x, streams, rope, cache=None, layer=0):
-        q, k, v = (route(self, name, x) for name in ("q_proj", "k_proj", "v_proj"))           # Eq. 1
-        views = {}
-        for modality in streams.asking if cache is None else sorted({*streams.asking, *cache.keys}):
-            views[modality] = self.seen_by(modality, x, k, v)
-            if not self.config.use_bridge:
-                break                                     # one view serves both
-        if self.config.use_bridge and len(views) == 1 and torch.is_grad_enabled():
-            asking = streams.asking[0]
-            q[asking] = q[asking] + self.unused_bridge(asking, x[asking])
-        return route(self, "o_proj", self.meet(q, views, streams, rope, cache, layer))
-
-    def unused_bridge(self, modality, x):
-        """0: where all queries are of one modality none looks over the bridge on it. Added so that its gradient is zero
-        rather than none, and all processes have the same ones."""
-        on = "vision" if modality == IMAGE else "language"
-        return 0 * sum(getattr(self, f"vision_{y}_bridge_on_{on}")(x[:0]).sum() for y in "kv")
-
-    def meet(self, q, views, streams, rope, cache, layer):
-        """Both modalities in sequence order: RoPE, the cache, attention. -> [(n_text, .), (n_image, .)]"""
-        def heads(pair):                                                                      # -> (B, H, L, d)
-            x = streams.join(pair)
-            return x.view(x.size(0), x.size(1), -1, self.config.head_dim).transpose(1, 2)
-        queries, mask = rotate(heads(q), rope), None
-        views = {modality: (rotate(heads(k), rope), heads(v)) for modality, (k, v) in views.items()}
-        if cache is not None:
-            views, mask = cache.put(layer, views)
-        if self.record is None:
-            out = routed_attention(queries, views, streams, mask)
+    def attend(self, text, image, streams, rope, caches=None, layer=0):
+        """(n_text, D), (n_image, D) after the norms -> the same shapes. caches: {modality: KVCache}"""
+        q_text, q_image = self.q_proj(text), self.vision_q_proj(image)                        # Eq. 1
+        k_text, k_image = self.k_proj(text), self.vision_k_proj(image)
+        v_text, v_image = self.v_proj(text), self.vision_v_proj(image)
+        wanted = {*streams.query_modalities, *(caches or ())}
+        views, mask = {}, None
+        if not self.config.use_bridge:
+            views[TEXT] = (k_text, k_image), (v_text, v_image)                                # one view for both
+        if self.config.use_bridge and TEXT in wanted:     # text queries see image keys and values through the bridge
+            views[TEXT] = ((k_text, k_image + self.vision_k_bridge_on_vision(image)),         # Eq. 3
+                           (v_text, v_image + self.vision_v_bridge_on_vision(image)))
+        if self.config.use_bridge and IMAGE in wanted:    # image queries see those of text through the bridge
+            views[IMAGE] = ((k_text + self.vision_k_bridge_on_language(text), k_image),       # Eq. 3
+                            (v_text + self.vision_v_bridge_on_language(text), v_image))
+        elif self.config.use_bridge and torch.is_grad_enabled():
+            # A zero that touches the unused bridge: DDP needs a zero gradient for it, not None.
+            bridges = self.vision_k_bridge_on_language, self.vision_v_bridge_on_language
+            q_text = q_text + 0 * sum(bridge(text[:0]).sum() for bridge in bridges)
+        q = apply_rope(self.merge_heads(streams, q_text, q_image), rope)
+        for modality, (k, v) in views.items():
+            k, v = apply_rope(self.merge_heads(streams, *k), rope), self.merge_heads(streams, *v)
+            if caches is not None and modality in caches:
+                k, v, mask = caches[modality].update(layer, k, v)
+            views[modality] = k, v
+        if self.recorded_maps is None:
+            out = fast_attention(q, views, streams, mask)
         else:
-            out, maps = plain_attention(queries, views, streams.is_image, mask)
-            self.record.append(maps)
-        return streams.split(out.transpose(1, 2).flatten(2), q)
+            out, maps = plain_attention(q, views, streams.is_image, mask)
+            self.recorded_maps.append(maps)
+        text, image = streams.split(out.transpose(1, 2).flatten(2))
+        return self.o_proj(text), self.vision_o_proj(image)                                   # Eq. 1
+
+    def merge_heads(self, streams, text, image):
+        return self.split_heads(streams.merge(text, image))                                   # (B, heads, L, d)
 
 
-class FFN(nn.Module):
-    """Eq. 2: SwiGLU, twice"""
+class LibraFeedForward(FeedForward):
+    """`forward`, for text, is the LLaMA's; `expert` is the same function with the expert's matrices (Eq. 2)."""
+    def __init__(self, config):
+        super().__init__(config)
+        add_expert(self, config, ("gate_proj", "up_proj", "down_proj"))
 
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
-        if c.use_expert:
-            self.vision_gate_proj, self.vision_up_proj = (
-                LowRank(c.hidden_size, c.intermediate_size, c.intermediate_size // c.vision_down_ratio) for _ in "gu")
-            self.vision_down_proj = LowRank(c.intermediate_size, c.hidden_size, c.hidden_size // c.vision_down_ratio)
-
-    def forward(self, x):
-        gate, up = route(self, "gate_proj", x), route(self, "up_proj", x)
-        return route(self, "down_proj", [None if g is None else swiglu(g, u) for g, u in zip(gate, up)])
+    def expert(self, image):
+        return self.vision_down_proj(swiglu(self.vision_gate_proj(image), self.vision_up_proj(image)))
 
 
-class Block(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.self_attn, self.mlp = Attention(c), FFN(c)
+class LibraBlock(Block):
+    def __init__(self, config):
+        super().__init__(config, LibraAttention, LibraFeedForward)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            self.add_module(name, RMSNorm(c.hidden_size, c.rms_norm_eps))
-            if c.use_expert:
-                self.add_module("vision_" + name, RMSNorm(c.hidden_size, c.rms_norm_eps))
+            if config.use_expert:
+                self.add_module("vision_" + name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+            else:
+                self.__dict__["vision_" + name] = getattr(self, name)
 
-    def forward(self, x, streams, rope, cache=None, layer=0):
-        """x: [(n_text, D), (n_image, D)] -> the same"""
-        x = plus(x, self.self_attn(route(self, "input_layernorm", x), streams, rope, cache, layer))
-        return plus(x, self.mlp(route(self, "post_attention_layernorm", x)))
+    def forward(self, x, rope, cache=None, layer=0, streams=None):
+        """x: text (n_text, D) and image (n_image, D) with their streams; or, without, (B, L, D): text alone, for which
+        the layer is the LLaMA's."""
+        if streams is None:
+            return super().forward(x, rope, cache, layer)
+        text, image = x
+        text_change, image_change = self.self_attn.attend(
+            self.input_layernorm(text), self.vision_input_layernorm(image), streams, rope, cache, layer)
+        text, image = text + text_change, image + image_change
+        text = text + self.mlp(self.post_attention_layernorm(text))                           # Eq. 2
+        image = image + self.mlp.expert(self.vision_post_attention_layernorm(image))
+        return text, image
 
 
 # ---------------------------------------------------------------- the model
@@ -180,181 +236,123 @@ class Tokenizers:
     image: ImageTokenizer
 
 
-class Libra(nn.Module):
-    """`tokenizers` is there when the model came from a folder."""
+class Libra(Llama):
+    """`tokenizers` is set when the model came from a folder."""
 
     def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        signal = c.hidden_size + c.contiguous_signal_size
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-            "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
-            "vision_embed_tokens": nn.ModuleList(
-                nn.Embedding(c.vision_vocab_size, c.hidden_size // c.vision_codebook_num)
-                for _ in range(c.vision_codebook_num)),
-            "vision_signal_norm": RMSNorm(signal, c.rms_norm_eps),
-            "vision_contiguous_signal_processor": Linear(signal, c.hidden_size)})
+        super().__init__(config, LibraBlock)
+        c, input_size = config, config.hidden_size + config.contiguous_signal_size
+        self.model["vision_embed_tokens"] = nn.ModuleList(
+            nn.Embedding(c.vision_vocab_size, c.hidden_size // c.vision_codebook_num)
+            for _ in range(c.vision_codebook_num))
+        self.model["vision_signal_norm"] = RMSNorm(input_size, c.rms_norm_eps)
+        self.model["vision_contiguous_signal_processor"] = Linear(input_size, c.hidden_size)
         if c.use_expert:
             self.model["vision_norm"] = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = Linear(c.hidden_size, c.vocab_size)
         self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
             Linear(c.hidden_size, c.vision_vocab_size) for _ in range(c.vision_codebook_num))})
         if c.contiguous_targets:
             self.vision_regression = Linear(c.hidden_size, c.contiguous_signal_size)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
         self.tokenizers, self.checkpoint_activations = None, False
-        for leaf in self.leaves():
-            initialise(leaf)
+        for module in self.leaf_modules():
+            initialise(module)
 
-    def leaves(self):
+    def leaf_modules(self):
+        """All modules that own parameters"""
         return [module for module in self.modules() if next(module.parameters(recurse=False), None) is not None]
 
-    def llama(self):
-        """The modules of the LLaMA. What is not here is the visual part, which pretraining trains."""
-        modules = [self.model.embed_tokens, self.model.norm, self.lm_head]
-        for block in self.model.layers:
-            a, f = block.self_attn, block.mlp
-            modules += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, f.gate_proj, f.up_proj, f.down_proj,
-                        block.input_layernorm, block.post_attention_layernorm]
-        return modules
+    def llama_modules(self):
+        """Those of the LLaMA, which pretraining freezes; the rest is the visual part, which it trains."""
+        vision = set(self.vision_modules())
+        return [module for module in self.leaf_modules() if module not in vision]
 
-    def vision(self):
-        return [leaf for leaf in self.leaves() if leaf not in set(self.llama())]
+    def vision_modules(self):
+        leaves = set(self.leaf_modules())
+        return [module for name, module in self.named_modules() if "vision" in name and module in leaves]
 
     def embed(self, streams, signal=None):
-        """Eq. 9: text tokens by their table, image tokens by E_d (the ids) and E_c (CLIP's signal) together.
+        """Eq. 9: an image token is embedded from its ids (E_d) and CLIP's contiguous signal (E_c) together.
 
-        signal: (n_images, G*G, C) for the whole images of the batch in order, or (n_image, C) token by token;
-        None draws without it, E_c = 0. -> [(n_text, D), (n_image, D)]
+        signal: (n_images, G*G, C) for the whole images of the batch in order, or (n_image, C) token by token; None:
+        E_c = 0, as when an image is drawn. -> (n_text, D), (n_image, D)
         """
         m, ids = self.model, streams.image_ids
-        text = m.embed_tokens(streams.text_ids)
-        if not len(ids) and not torch.is_grad_enabled():
-            return [text, None]                           # in training an empty stream keeps every weight in the graph
         e_d = torch.cat([bank(ids[:, k]) for k, bank in enumerate(m.vision_embed_tokens)], dim=-1)     # (n_image, D)
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
-            e_c = by_token(signal, len(ids)).to(e_d.dtype)
+            e_c = signal_by_token(signal, len(ids)).to(e_d.dtype)
         x_image = torch.cat([e_d, e_c], dim=-1)                                               # Eq. 9
-        image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
-        return [text if len(text) or torch.is_grad_enabled() else None, image]
+        return m.embed_tokens(streams.text_ids), m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
 
-    def hidden(self, streams, signal=None, cache=None):
-        """-> [(n_text, D), (n_image, D)] behind the final norms"""
+    def hidden(self, streams, signal=None, caches=None):
+        """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""
         x = self.embed(streams, signal)
-        start = 0 if cache is None else cache.start
-        positions = start + torch.arange(streams.length, device=streams.is_image.device)
-        rope = rope_table(self.config, positions, self.lm_head.weight.dtype)
+        positions = torch.arange(streams.length, device=streams.is_image.device)
+        if caches is not None:
+            positions = positions + next(iter(caches.values())).next
+        rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
         for layer, block in enumerate(self.model.layers):
-            if cache is not None:
-                x = block(x, streams, rope, cache, layer)
-            elif self.checkpoint_activations and torch.is_grad_enabled():                     # only x is kept
-                x = checkpoint(block, x, streams, rope, use_reentrant=False)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, None, layer, streams, use_reentrant=False)
             else:
-                x = block(x, streams, rope)
-        return route(self.model, "norm", x)
+                x = block(x, rope, caches, layer, streams)
+        text, image = x
+        return self.model.norm(text), getattr(self.model, "vision_norm", self.model.norm)(image)
 
     def logits(self, streams, signal=None):
-        """-> text (n_text, V), image (n_image, K, N + 2): a position's head is that of its own modality"""
+        """-> text (n_text, V), image (n_image, K, N + 2). The modality of a token decides which head it has."""
         text, image = self.hidden(streams, signal)
-        image = None if image is None else torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
-        return None if text is None else self.lm_head(text), image
+        return self.lm_head(text), torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
 
-    def forward(self, streams, signal=None, read=False):
+    def forward(self, streams, signal=None, predict=False):
         """Sums of the cross-entropy over the counted targets: text (), image (K,), one for each codebook (Eq. 6).
-        A trainer divides by the count of its whole batch; heads run only where a label counts.
-        read: instead, the likeliest next token behind each text token (n_text,)"""
+        A trainer divides by the count of its whole batch.
+        predict: instead, the most likely token after each text token (n_text,)"""
         text, image = self.hidden(streams, signal)
-        text, image = (image[:0] if text is None else text), (text[:0] if image is None else image)
-        return self.lm_head(text).argmax(-1) if read else self.losses(text, image, streams, signal)
+        return self.lm_head(text).argmax(-1) if predict else self.loss_sums(text, image, streams, signal)
 
-    def losses(self, text, image, streams, signal=None):
-        """Hidden states of both streams -> forward's sums"""
-        rows, next_image = streams.image_rows, streams.image_ids[streams.image_rows + 1]      # (m_image, K)
-        if self.config.contiguous_targets:
-            unused = sum(head(image[:0]).sum() for head in self.vision_lm_head.heads)         # gradient zero, not none
-            image_loss = (self.regress(image, streams, signal) + 0 * unused).expand(self.config.vision_codebook_num)
-        else:
-            image_loss = torch.stack([cross_entropy(head, image[rows], next_image[:, k])
-                                      for k, head in enumerate(self.vision_lm_head.heads)])
+    def loss_sums(self, text, image, streams, signal=None):
+        """Final hidden states of both streams -> what forward returns"""
         rows = streams.text_rows
-        return cross_entropy(self.lm_head, text[rows], streams.text_ids[rows + 1]), image_loss
+        text_loss = cross_entropy(self.lm_head, text[rows], streams.text_ids[rows + 1])
+        if self.config.contiguous_targets:
+            return text_loss, self.regression_loss(image, streams, signal).expand(self.config.vision_codebook_num)
+        rows = streams.image_rows
+        targets = streams.image_ids[rows + 1]                                                 # (m_image, K)
+        return text_loss, torch.stack([cross_entropy(head, image[rows], targets[:, k])
+                                       for k, head in enumerate(self.vision_lm_head.heads)])
 
-    def regress(self, image, streams, signal):
-        """Table 3 (b): the sum over counted targets of the mean squared distance to the next token's E_c, normalised
-        token by token; EOI has none, nor has an image whose E_c is left out."""
+    def regression_loss(self, image, streams, signal):
+        """Table 3 (b): the sum over counted targets of the mean squared error against the next token's E_c, normalised
+        per token. EOI and images without E_c are no targets."""
         rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
-        if signal is None:                                # text alone, or a drawing: nothing to come near to
+        if signal is None:
             signal = image.new_zeros(len(image), self.config.contiguous_signal_size)
-        target = by_token(signal, len(image))[rows + 1].float()
-        distance = self.vision_regression(image[rows]).float() - F.layer_norm(target, target.shape[-1:])
-        return (distance.square().mean(-1) * target.any(-1)).sum()
+        target = signal_by_token(signal, len(image))[rows + 1].float()
+        error = self.vision_regression(image[rows]).float() - F.layer_norm(target, target.shape[-1:])
+        unused = sum(head(image[:0]).sum() for head in self.vision_lm_head.heads)             # zero gradients for DDP
+        return (error.square().mean(-1) * target.any(-1)).sum() + 0 * unused
 
     def loss(self, streams, signal=None):
         """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
         text, image = self(streams, signal)
         return (text + image.mean()) / (len(streams.text_rows) + len(streams.image_rows))
 
-    def lay(self):
-        """Weights of one input side by side, for decoding: once, it costs a copy"""
-        with torch.inference_mode(False), torch.no_grad():                                    # they may learn again
-            for several in self.of_one_input():
-                lay(several)
-
-    def of_one_input(self):
-        """The LLaMA's weights that multiply the same input: Eq. 1's and Eq. 2's"""
-        for block in self.model.layers:
-            a, f = block.self_attn, block.mlp
-            yield [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]
-            yield [f.gate_proj.weight, f.up_proj.weight]
-
-    def prefill(self, streams, signal, cache):
-        """Read the prompts and fill the cache. -> the hidden state of each row's last token (B, D)"""
-        hidden = streams.join(self.hidden(streams, signal, cache))
-        cache.advance(streams.lengths)
-        return hidden[torch.arange(len(hidden)), torch.tensor(streams.lengths) - 1]
-
-    def step(self, streams, cache):
-        """One more token for every row (L = 1). -> its hidden state (B, D)"""
-        if not len(streams.image_ids) and list(cache.keys) == [TEXT] and self.as_written():
-            return write(self, streams, cache)
-        return streams.join(self.hidden(streams, None, cache))[:, 0]
-
-    def as_written(self):
-        """No layer was changed, and nobody looks into one or records its attention maps"""
-        return all(untouched(block, Block) and untouched(block.self_attn, Attention) and untouched(block.mlp, FFN)
-                   and block.self_attn.record is None for block in self.model.layers)
-
-    def ask(self, images, question, max_new_tokens=128, **sampling):
-        """images: a file, a PIL image, a list of them, or None. -> the answer. sampling: as generate takes it"""
-        text = self.tokenizers.text
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        codes, signal = see(self, images)
-        prompt = spell_out(*text.chat([(question, len(images), None)]), codes, self.config)[0]
-        tokens = generate(self, [prompt], signal, max_new_tokens, text.eos, **sampling)
-        return text.decode([int(token[0, 0]) for token in tokens])
-
     # ------------------------------------------------------------ weights
 
     @classmethod
     def from_pretrained(cls, folder, image_tokenizer=None, dtype=None, device="cpu", **changes):
         """A model folder of ours or a published one (libra-11b-chat, libra-11b-base); or a LLaMA folder together with
-        the folder of an image tokenizer: then the visual part is new, and that is said.
+        the folder of an image tokenizer: then the visual part is new, which is printed.
 
-        dtype: as stored unless given. changes: fields of LibraConfig that stand above config.json.
+        dtype: as stored unless given. changes: fields of LibraConfig that override config.json.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a model folder with config.json in it")
         tokenizers = Tokenizers(Text(folder / "tokenizer.model"),
                                 ImageTokenizer.from_pretrained(image_tokenizer or folder, dtype, device))
-        i = tokenizers.image.config
-        sizes = {"vision_vocab_size": i.codebook_size + 2, "vision_codebook_num": i.num_codebooks,
-                 "image_feature_resolution": i.grid, "contiguous_signal_size": i.signal_size,
-                 "newline_token_id": tokenizers.text.newline}
+        sizes = vision_sizes(tokenizers.image.config) | {"newline_token_id": tokenizers.text.newline}
         model = load(folder, sizes, dtype, **changes)
         for name, value in (sizes | {"vocab_size": tokenizers.text.vocab_size}).items():
             if getattr(model.config, name) != value:
@@ -365,7 +363,7 @@ class Libra(nn.Module):
 
     def save_pretrained(self, folder, tensors=None):
         """A model folder: config.json, model.safetensors, tokenizer.model, image_tokenizer/. tensors: the weights to
-        write, where they are not those of this process"""
+        write, if they are not those of this process"""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(tensors or self.state_dict())
@@ -379,64 +377,58 @@ class Libra(nn.Module):
         write_json(folder / "config.json", self.config.to_dict())
 
 
-def cross_entropy(head, hidden, targets, most=2048):
-    """The sum over (n, D) hidden states. Logits are made for `most` of them at a time and, where that is not all, made
-    again in the backward pass: 32,000 floats a token are more than all that a layer keeps."""
-    def some(hidden, targets):
+def cross_entropy(head, hidden, targets, rows_at_once=2048):
+    """The sum over (n, D) hidden states. More than `rows_at_once` are computed in parts, and again in the backward
+    pass: the logits of a token, 32,000 floats, are more than all that a layer keeps of it."""
+    def part(hidden, targets):
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    if len(hidden) <= most:
-        return some(hidden, targets)
-    return sum(checkpoint(some, h, t, use_reentrant=False) for h, t in zip(hidden.split(most), targets.split(most)))
+    if len(hidden) <= rows_at_once:
+        return part(hidden, targets)
+    parts = zip(hidden.split(rows_at_once), targets.split(rows_at_once))
+    return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in parts)
 
 
-def by_token(signal, tokens):
-    """E_c of whole images (n_images, G*G, C), or token by token already -> (n_image, C), zero at BOI and EOI"""
+def signal_by_token(signal, n_tokens):
+    """E_c of whole images (n_images, G*G, C), or (n_image, C) already -> (n_image, C), zero at BOI and EOI"""
     if signal.dim() == 3:
         signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)
-    if len(signal) != tokens:
-        raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {tokens}")
+    if len(signal) != n_tokens:
+        raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {n_tokens}")
     return signal
 
 
-def initialise(leaf):
-    """New weights: normal with deviation 0.02, both factors alike; a bridge's B zero; norms one."""
-    if isinstance(leaf, RMSNorm):
-        nn.init.ones_(leaf.weight)
-    elif isinstance(leaf, LowRank):
-        nn.init.normal_(leaf.weight_A, std=0.02)
-        nn.init.normal_(leaf.weight_B, std=0.0 if leaf.start_at_zero else 0.02)
+def vision_sizes(image_tokenizer_config):
+    """The fields of LibraConfig that follow from the image tokenizer"""
+    c = image_tokenizer_config
+    return {"vision_vocab_size": c.codebook_size + 2, "vision_codebook_num": c.num_codebooks,
+            "image_feature_resolution": c.grid, "contiguous_signal_size": c.signal_size}
+
+
+def initialise(module):
+    """New weights: normal with standard deviation 0.02, both factors alike; a bridge's B zero; norms one."""
+    if isinstance(module, RMSNorm):
+        nn.init.ones_(module.weight)
+    elif isinstance(module, LowRank):
+        nn.init.normal_(module.weight_A, std=0.02)
+        nn.init.normal_(module.weight_B, std=0.0 if module.start_at_zero else 0.02)
     else:
-        nn.init.normal_(leaf.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
 
 
 def load(folder, sizes=None, dtype=None, **changes):
     """The model of a folder without its tokenizers. sizes: visual fields for a config.json that has none (a LLaMA's).
 
-    The module is built without memory (meta), the files are mapped, and the module takes the mapped tensors.
+    The module is built without memory (meta) and then takes the tensors of the files, which are memory-mapped.
     """
     path = Path(folder) / "config.json"
-    config = LibraConfig.from_file(path, sizes, **changes)
     with shapes_only():
-        model = Libra(config)
-
-    def keep(name):                                       # buffers of the published code
-        return None if name.endswith(("_placeholder", "rotary_emb.inv_freq")) else name
-    tensors = read_folder(folder, dtype, keep)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-            raise UserError(f"{path}: tie_word_embeddings is true, but the file's lm_head differs from its embedding")
-    if len(dtypes := {str(t.dtype) for t in tensors.values() if t.is_floating_point()}) > 1:
-        raise UserError(f"{folder}: its weights are of several types ({', '.join(sorted(dtypes))}): give one as dtype")
-    leaves = model.vision()
-    visual = {id(p) for leaf in leaves for p in leaf.parameters(recurse=False)}
-    visual = {name for name, p in model.named_parameters() if id(p) in visual}
-    if assign(model, tensors, folder, may_lack=visual if is_llama(path) else ()):
-        for leaf in leaves:
-            leaf.to_empty(device="cpu", recurse=False).to(model.lm_head.weight.dtype)
-            initialise(leaf)
-        new = sum(p.numel() for leaf in leaves for p in leaf.parameters(recurse=False))
-        print(f"{folder} holds a LLaMA without vision: the visual part, {new:,} weights, is new and untrained")
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+        model = Libra(LibraConfig.from_file(path, sizes, **changes))
+    tensors = read_llama_tensors(folder, model.config, dtype)
+    vision = {name: p.numel() for name, p in model.named_parameters() if "vision" in name}
+    if assign(model, tensors, folder, may_lack=vision.keys() if is_llama(path) else ()):
+        for module in model.vision_modules():
+            module.to_empty(device="cpu", recurse=False).to(model.lm_head.weight.dtype)
+            initialise(module)
+        print(f"{folder} holds a LLaMA without vision: the visual part, {sum(vision.values()):,} weights, is new and "
+              "untrained")
+    return model.tie_weights()

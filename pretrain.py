@@ -1,54 +1,48 @@
-"""Stage 1, multimodal pretraining (Sec. 3.3, Tab. 4): captions, the LLaMA frozen, the visual part learns.
+"""Stage 1, multimodal pretraining (Sec. 3.3, Tab. 4): captions; the LLaMA is frozen, the visual part learns (Eq. 6).
 
     python pretrain.py                                                      # on the toy world of `make demo`
     torchrun --nproc_per_node=8 pretrain.py --llm Llama-2-7b-chat-hf --image-tokenizer libra-vision-tokenizer \\
         --data 'coyo/{00000..07776}.tar' coco_karpathy_train.json --images coco --out runs/pretrain
 
-The objective is next-token prediction over image ids and text alike (Eq. 6).
+The training loop of all stages is here: `run_steps`, and `train` for any model that has one optimizer.
 """
 import argparse
 import itertools
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-import engine
-import plan
-from checkpoints import Checkpoints, Stop
-from command import POSITIVE, TOY, Help, bounded, need, run
-from config import is_llama
-from data import Recipe, loader, open_sources
+from common.cli import POSITIVE, TOY, Help, bounded, require_path, run
+from common.config import is_llama
+from common.weights import UserError, read_json
+from data import SampleBuilder, make_loader, open_sources
 from model import Libra
 from tokenizer import to_picture, to_rgb
-from weights import UserError, read_json
+from training import engine, plan
+from training.checkpoints import Checkpoints, Stop
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    g = parser.add_argument_group("what is trained, on what")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
+    g = parser.add_argument_group("the model and its samples")
     g.add_argument("--llm", metavar="DIR", help=f"Hugging Face LLaMA folder; None: {TOY}/llama")
     g.add_argument("--image-tokenizer", metavar="DIR",
                    help=f"folder of train_tokenizer.py, or libra-vision-tokenizer; None: {TOY}/tokenizer")
-    g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "captions/*.tar")],
-                   help="img2dataset shards ('{00000..07776}.tar', globs) and COCO Karpathy JSON, drawn in proportion "
-                        "to their size; FILE@3: each epoch reads it three times")
-    g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
-                   help="what image paths in JSON files are relative to")
-    g.add_argument("--max-length", type=POSITIVE, default=700, help="tokens of a sample")
+    g.add_argument("--max-length", type=POSITIVE, default=700, metavar="N", help="tokens of a sample")
     g.add_argument("--text-to-image", type=bounded(float, 0, 1), default=0.0, metavar="SHARE",
-                   help="share of samples with the caption before the image and E_c zeroed (Sec. 4.3)")
-    g.add_argument("--no-caption-end", action="store_true", help="no </s> behind captions, as in the authors' release")
-    engine.add_options(parser, steps=40_000, warmup=2000, batch=1280, lr=1e-4, text_tokens=50)
-    parser.set_defaults(out=str(TOY / "pretrain"))
-    g = parser.add_argument_group("the visual part")
-    g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, help="rank of expert matrices: output / this")
-    g.add_argument("--bridge-rank", type=POSITIVE, default=8, help="rank of the cross-modal bridge (Eq. 5)")
+                   help="of samples with caption before image and E_c = 0 (Sec. 4.3)")
+    g.add_argument("--no-caption-end", action="store_true", help="no </s> after captions, as the authors' release")
+    g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, metavar="N", help="expert rank: output / this")
+    g.add_argument("--bridge-rank", type=POSITIVE, default=8, metavar="N", help="of the cross-modal bridge (Eq. 5)")
+    engine.add_options(parser, "pretrain", "captions/*.tar", "img2dataset shards, COCO Karpathy JSON", steps=40_000,
+                       warmup=2000, batch=1280, lr=1e-4, text=50)
     g = parser.add_argument_group("Table 3, each one switch away from Libra")
     g.add_argument("--language-only", action="store_true", help="(a) image tokens are no targets")
-    g.add_argument("--contiguous-targets", action="store_true", help="(b) image positions regress the next one's E_c")
+    g.add_argument("--contiguous-targets", action="store_true", help="(b) predict the next token's E_c instead")
     g.add_argument("--no-expert", action="store_true", help="(d) image tokens use the LLaMA's weights, no bridge")
     g.add_argument("--no-bridge", action="store_true", help="(e) both modalities see the same keys and values")
     g.add_argument("--discrete-only", action="store_true", help="(f) E_c is zero")
@@ -60,151 +54,192 @@ def main():
     sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank,
              "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
              "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
-    sizes |= {"text_to_image": True} if args.text_to_image else {}                            # once learned it stays
+    if args.text_to_image:                                # a Libra that can draw stays one
+        sizes["text_to_image"] = True
     if args.plan:
         return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer or args.llm, **sizes), "pretrain")
     refuse_other_sizes(args.llm, sizes)
     args.llm = args.llm or TOY / "llama"
-    world = engine.start(args)
-    if is_llama(Path(need(args.llm)) / "config.json"):    # a Libra has an image tokenizer of its own
+    dist = engine.setup(args)
+    if is_llama(Path(require_path(args.llm)) / "config.json"):    # a Libra has its own image tokenizer
         args.image_tokenizer = args.image_tokenizer or TOY / "tokenizer"
-    model = Libra.from_pretrained(args.llm, args.image_tokenizer and need(args.image_tokenizer), **sizes)
-    for module in model.llama():
-        module.requires_grad_(False)                      # bit for bit what it was (Sec. 3.3)
-    recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
-                    args.seed, args.text_to_image, not args.no_caption_end, image_loss=not args.language_only)
-    train(args, world, model, recipe)
+    model = Libra.from_pretrained(args.llm, args.image_tokenizer and require_path(args.image_tokenizer), **sizes)
+    for module in model.llama_modules():
+        module.requires_grad_(False)                      # stays bit for bit as it was (Sec. 3.3)
+    builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
+                            args.max_length, args.seed, args.text_to_image, not args.no_caption_end,
+                            image_loss=not args.language_only)
+    train_libra(args, dist, model, builder)
 
 
 def refuse_other_sizes(folder, sizes):
-    """A Libra can be pretrained further as what it is."""
+    """--llm may be a Libra, to pretrain it further, but not with other sizes."""
     path = Path(folder or "") / "config.json"
-    made = read_json(path) if folder and path.is_file() and not is_llama(path) else {}
-    shapes = ("vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets")
-    other = [f"{name} {made[name]}, now {sizes[name]}" for name in shapes if made.get(name, sizes[name]) != sizes[name]]
+    found = read_json(path) if folder and path.is_file() and not is_llama(path) else {}
+    other = [f"{name} {found[name]}, now {sizes[name]}" for name in (
+        "vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets")
+        if found.get(name, sizes[name]) != sizes[name]]
     if other:
-        raise UserError(f"--llm {folder} is a Libra already, made with {'; '.join(other)}: give the same options to go "
-                        "on with it, or the folder of its LLaMA to begin anew")
+        raise UserError(f"--llm {folder} is a Libra already, made with {'; '.join(other)}: give the same options to "
+                        "train it further, or the folder of its LLaMA to start anew")
 
 
-def train(args, world, model, recipe):
-    """The whole loop: batches, one mean over all counted tokens of the global batch, update, log, checkpoint."""
-    out, sources = Path(args.out), open_sources(args.data, args.images)
-    plan.choose_engine(args, world, model)
-    model.checkpoint_activations = args.checkpoint_activations
-    wrapped = engine.distribute(model, model.model.layers, args, world)
-    model.tokenizers.image.to(world.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = engine.adamw(trained, args)
-    checkpoints = Checkpoints(out, args, world)
-    start, state = checkpoints.resume(args.resume, [model], [optimizer], args.export)
-    batches, order = loader(sources, recipe, args.batch, args.micro_batch, args.seed, world.rank, world.size,
-                            args.workers, state, world.device.type == "cuda")
-    engine.begin(args, world, start)
-    log, stop, bad = engine.Log(out, args, world), Stop(world), engine.BadSamples(out, args.max_bad, world)
-    peak, flops = engine.peak(args, world), plan.flops_of(model, model.tokenizers.image.config)
-    batches, passes = iter(batches), args.batch // args.micro_batch // world.size
-    world.say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} weights learn, "
-              f"{passes} passes of {args.micro_batch} samples on {world.size} processes, engine {args.engine}")
+# ---------------------------------------------------------------- the training loop
+
+def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_samples=None):
+    """Train a model of any kind and write its folder. blocks: its layers, see engine.distribute
+
+    loss(wrapped, batch) -> {name: sum over targets}; counts(batch) -> {name: number of targets, and what flops and the
+    log need}. A step's loss is the sum of all losses over the number of all targets, of all passes and processes.
+    """
+    sources = open_sources(args.data, args.images)
+    wrapped = engine.distribute(model, blocks, args, dist)
+    optimizer = engine.adamw(model.parameters(), args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dist.print0(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights learn, engine {args.engine}")
+    step = partial(update, args, dist, wrapped, optimizer, loss)
+    if run_steps(args, dist, sources, builder, [model], [optimizer], step, counts, flops, save_samples):
+        tensors = engine.full_state_dict(model)
+        if dist.first:
+            model.save_pretrained(args.out, {name: tensor.to(dist.dtype) for name, tensor in tensors.items()})
+        dist.print0(f"{args.out} is a model folder")
+        engine.barrier(dist)
+
+
+def update(args, dist, wrapped, optimizer, loss, step, batches, totals):
+    """Forward and backward of all passes, clip, AdamW. -> numbers for the log. Raises FloatingPointError, before the
+    weights change, if the loss or the gradient is not finite."""
+    sums = 0.0
+    for n, batch in enumerate(batches):
+        engine.set_grad_sync(wrapped, n == len(batches) - 1)
+        with dist.autocast():
+            losses = loss(wrapped, batch)
+            n_targets = sum(totals[name] for name in losses)
+            mean = sum(losses.values()) / max(1, n_targets)                                   # Eq. 6
+        (mean * dist.size).backward()                     # the engines average gradients over the processes
+        sums = sums + torch.stack([value.detach() for value in losses.values()])
+    norm = engine.clip_grad_norm([p for p in wrapped.parameters() if p.requires_grad], args.clip_norm)
+    sums = engine.all_reduce_sum(sums, dist)
+    finite = torch.isfinite(norm) and torch.isfinite(sums).all()
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not finite:
+        raise FloatingPointError
+    sums = dict(zip(losses, sums.tolist()))
+    means = {name: value / max(1, totals[name]) for name, value in sums.items()}
+    return {"loss": sum(sums.values()) / max(1, n_targets), **means, "norm": float(norm)}
+
+
+def run_steps(args, dist, sources, builder, models, optimizers, update, counts, flops=None, save_samples=None):
+    """The loop of every stage. -> whether it came to its end; False: it was told to stop.
+
+    update(step, batches, totals) -> numbers for the log; totals: counts(batch), samples and bad samples, over all
+    passes and processes. flops(totals) -> {part: FLOPs of the step}. save_samples(batches, path): a picture to look at.
+    """
+    out, passes = Path(args.out), args.batch // args.micro_batch // dist.size
+    checkpoints = Checkpoints(out, args, dist)
+    start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
+    loader, sampler = make_loader(sources, builder, args.batch, args.micro_batch, args.seed, dist.rank, dist.size,
+                                  args.workers, state, dist.device.type == "cuda")
+    engine.save_options(args, dist, start)
+    log, stop, bad, loader = engine.Log(args, dist), Stop(dist), engine.BadSamples(args, dist), iter(loader)
     for step in range(start, start if args.export else args.steps):
-        clock = time.perf_counter()
-        micro = [batch.to(world.device) for batch in itertools.islice(batches, passes)]
-        waited = time.perf_counter() - clock
+        began, last, save_seconds = time.perf_counter(), step + 1 == args.steps, 0.0
+        lr = engine.set_learning_rate(optimizers, step, args)
+        batches = [batch.to(dist.device) for batch in itertools.islice(loader, passes)]
+        wait = time.perf_counter() - began
+        totals = sum_counts(batches, counts, dist)
         try:
-            numbers, counts = update(args, world, step, model, wrapped, optimizer, trained, micro)
+            numbers = update(step, batches, totals)
+            bad(step + 1, batches, totals["samples"], totals["bad"])
         except FloatingPointError:
-            checkpoints.save(step, [model], [optimizer], order.state_after(step - start), wait=True)
+            checkpoints.save(step, models, optimizers, sampler.state_after(step - start), wait=True)
+            names = ", ".join(engine.gather_lists([name for batch in batches for name in batch.names], dist))
             raise UserError(f"step {step + 1}: loss or gradient is not finite; saved before the update, in {out}. "
-                            f"In the batch: {engine.all_names(micro, world)}") from None
-        with checkpoints.finished():
-            bad(step + 1, micro, counts["samples"], counts["bad"])
-        ended, saved = stop(), 0.0
-        if ended or engine.due(step, args.save_every) and step + 1 < args.steps:
-            saved = checkpoints.save(step + 1, [model], [optimizer], order.state_after(step + 1 - start), wait=ended)
+                            f"In the batch: {names}") from None
+        except UserError:                                 # too many bad samples
+            checkpoints.finish()
+            raise
+        stopping = stop()
+        if stopping or engine.is_due(step, args.save_every) and not last:
+            place = sampler.state_after(step + 1 - start)
+            save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping)
         checkpoints.poll()
-        seconds = time.perf_counter() - clock
-        log(step + 1, numbers | {
-            "tokens/s": counts["tokens"] / seconds, "images/s": counts["images"] / seconds,
-            "peak": peak and sum(flops(counts).values()) / seconds / peak / world.size, "memory": engine.memory(world),
-            "wait": waited, "save": saved, "skipped": bad.bad, "causes": dict(bad.causes)})
-        if engine.due(step, args.sample_every) or step + 1 == args.steps:
-            look(world, model, wrapped, micro[0], out / "samples" / f"{step + 1:06d}.png")
-        if ended:
-            return world.say(f"stopped after step {step + 1}; --resume goes on")
+        log(step + 1, numbers | {"lr": lr} | speed(args, dist, totals, time.perf_counter() - began, flops) | {
+            "memory": engine.memory_gb(dist), "wait": wait, "save": save_seconds, "skipped": bad.bad,
+            "causes": dict(bad.causes)})
+        if save_samples and (last or engine.is_due(step, args.sample_every)):
+            save_samples(batches, out / "samples" / f"{step + 1:06d}.png")
+        if stopping:
+            dist.print0(f"stopped after step {step + 1}; --resume goes on")
+            return False
     checkpoints.finish()
     bad.finish(start)
-    tensors = engine.whole_weights(model)
-    if world.first:
-        model.save_pretrained(out, {name: tensor.to(world.dtype) for name, tensor in tensors.items()})
-    world.say(f"{out} is a model folder")
-    engine.barrier(world)
+    return True
 
 
-COUNTS = ("text_targets", "image_targets", "samples", "bad", "images", "text", "image", "tokens", "squares")
+def sum_counts(batches, counts, dist):
+    """Samples, bad samples and counts(batch), over all passes and processes"""
+    rows = [{"samples": len(batch.names), "bad": len(batch.listed), **counts(batch)} for batch in batches]
+    sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0).to(dist.device)
+    return dict(zip(rows[0], engine.all_reduce_sum(sums, dist).long().tolist()))
 
 
-def update(args, world, step, model, wrapped, optimizer, trained, micro):
-    """One step: every pass's share of the global batch's loss, one update. -> numbers for the log, global counts"""
-    counts = torch.tensor([[len(b.streams.text_rows), len(b.streams.image_rows), len(b.names), len(b.listed),
-                            len(b.pixels), len(b.streams.text_ids), len(b.streams.image_ids), sum(b.streams.lengths),
-                            sum(n * n for n in b.streams.lengths)] for b in micro], dtype=torch.float64)
-    counts = engine.total(counts.sum(0).to(world.device), world)
-    sums = torch.zeros(2, device=world.device)
-    for number, batch in enumerate(micro):
-        engine.gradients_travel(wrapped, number == len(micro) - 1)
-        with world.autocast():
-            text, image = losses(wrapped, model.tokenizers.image, batch)
-            loss = (text + image.mean()) / counts[:2].sum()                                   # Eq. 6
-        (loss * world.size).backward()                    # the engines average over processes; the loss is a sum
-        sums += torch.stack([text.detach(), image.detach().mean()])
-    for group in optimizer.param_groups:
-        group["lr"] = engine.learning_rate(step, args)
-    norm = engine.clip(trained, args.clip_norm)
-    sums = engine.total(sums, world)
-    if not torch.isfinite(norm) or not torch.isfinite(sums).all():
-        optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    text, image = (sums / counts[:2].clamp(min=1)).tolist()
-    counts = dict(zip(COUNTS, counts.long().tolist()))
-    loss = float(sums.sum()) / max(1, counts["text_targets"] + counts["image_targets"])
-    return {"loss": loss, "text": text, "image": image, "lr": optimizer.param_groups[0]["lr"],
-            "norm": float(norm)}, counts
+def speed(args, dist, totals, seconds, flops):
+    """Tokens and images a second, and the share of the devices' peak FLOP/s; None where the peak is unknown"""
+    rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
+    if flops:
+        peak = engine.peak_flops(args, dist)
+        rates["peak"] = peak and sum(flops(totals).values()) / seconds / peak / dist.size
+    return rates
 
 
-def losses(model, tokenizer, batch, read=False):
-    """One pass: pictures to ids and signal, then what Libra.forward gives"""
+# ---------------------------------------------------------------- Libra in the loop
+
+def train_libra(args, dist, model, builder):
+    plan.choose_engine(args, dist, model)
+    model.checkpoint_activations = args.checkpoint_activations
+    tokenizer = model.tokenizers.image.to(dist.device)
+
+    def loss(wrapped, batch):
+        text, image = forward(wrapped, tokenizer, batch)
+        return {"text": text, "image": image.mean()}      # an image token counts the mean of its codebooks' losses
+
+    def counts(batch):
+        return plan.token_counts(batch.streams) | {"images": len(batch.pixels)}
+    train(args, dist, model, builder, loss, counts, model.model.layers, plan.flops_of(model, tokenizer.config),
+          partial(save_page, dist, model))
+
+
+def forward(model, tokenizer, batch, predict=False):
+    """Images to ids and signal, then Libra.forward"""
     streams, signal = batch.streams, None
     if len(batch.pixels):
         codes, signal = tokenizer.encode(batch.pixels)
-        streams, signal = streams.with_images(codes), signal * ~batch.drawn[:, None, None]
-    return model(streams, signal, read=read)
+        streams, signal = streams.with_image_codes(codes), signal * ~batch.drawn[:, None, None]
+    return model(streams, signal, predict=predict)
 
 
 @torch.no_grad()
-def look(world, model, wrapped, batch, path, most=6, side=112):
-    """A picture of a batch: what was shown, what the ids keep of it, the text, and below it what the model would have
-    said next behind each of its tokens."""
-    text, tokenizer = model.tokenizers.text, model.tokenizers.image
-    with world.autocast():
-        said = losses(wrapped, tokenizer, batch, read=True).cpu()                             # all processes take part
-    if not world.first or not len(batch.pixels):
-        return
-    with world.autocast():
-        rebuilt = tokenizer.decode(tokenizer.encode(batch.pixels[:most])[0]).float()
+def save_page(dist, model, batches, path, n_rows=6, side=112):
+    """A page of the first pass: image, its reconstruction from the ids, its text, and in blue the model's next token
+    after each token of the text"""
+    text, tokenizer, batch, s = model.tokenizers.text, model.tokenizers.image, batches[0], batches[0].streams
+    with dist.autocast():
+        guesses = forward(model, tokenizer, batch, predict=True).cpu()        # on all processes: fsdp gathers weights
+        if not dist.first or not len(batch.pixels):
+            return
+        rebuilt = tokenizer.decode(tokenizer.encode(batch.pixels[:n_rows])[0]).float()
+    text_row, image_row = s.text_index.cpu() // s.length, s.image_index.cpu()[::model.config.image_tokens] // s.length
     page = Image.new("RGB", (2 * side + 700, len(rebuilt) * side), "white")
-    pen, font, s = ImageDraw.Draw(page), ImageFont.load_default(13), batch.streams
-    row, image_row = s.text_at.cpu() // s.length, s.image_at.cpu() // s.length
-    shown = image_row[::model.config.image_tokens].tolist()                                   # the row of each picture
-    for n, (pixels, rgb) in enumerate(zip(batch.pixels, rebuilt)):
-        for x, picture in ((0, to_rgb(pixels.float())), (side, rgb)):
+    for n, rgb in enumerate(rebuilt):
+        for x, picture in ((0, to_rgb(batch.pixels[n].float())), (side, rgb)):
             page.paste(to_picture(picture).resize((side, side)), (x, n * side))
-        ids, guess = s.text_ids.cpu()[row == shown[n]].tolist(), said[row == shown[n]].tolist()
-        for y, pieces, ink in ((4, ids, "black"), (60, guess, "blue")):
-            words = text.model.decode([i for i in pieces if i not in (text.bos, text.eos)])
-            for i, line in enumerate(textwrap.wrap(words, 100)[-3:]):
-                pen.text((2 * side + 8, n * side + y + 17 * i), line, ink, font)
+        for y, ids, color in ((4, s.text_ids.cpu(), "black"), (60, guesses, "blue")):
+            ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in (text.bos, text.eos)]
+            lines = "\n".join(textwrap.wrap(text.model.decode(ids), 100)[-3:])
+            ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
     path.parent.mkdir(exist_ok=True)
     page.save(path)
 

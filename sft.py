@@ -1,34 +1,26 @@
-"""Stage 2, instruction tuning (Sec. 3.3, Tab. 4): conversations on pretrain's loop, everything learns but CLIP.
+"""Stage 2, instruction tuning (Sec. 3.3, Tab. 4): conversations; everything learns but CLIP.
 
     python sft.py                                                           # on the toy world of `make demo`
     torchrun --nproc_per_node=8 sft.py --model runs/pretrain --data llava_v1_5_mix665k.json --images DIR --out runs/sft
 
-Only answers with their </s> count in the loss (Eq. 7, 8).
+Only answers with their </s> count in the loss (Eq. 7, 8). Captions, as pretrain.py reads them, are learned as captions.
 """
 import argparse
 
-import engine
-import plan
-from command import POSITIVE, TOY, Help, need, run
-from data import Recipe
+from common.cli import POSITIVE, TOY, Help, require_path, run
+from data import SampleBuilder
 from model import Libra
-from pretrain import train
+from pretrain import train_libra
+from training import engine, plan
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    g = parser.add_argument_group("what is trained, on what")
-    g.add_argument("--model", metavar="DIR",
-                   help=f"model folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
-    g.add_argument("--data", nargs="+", metavar="FILE", default=[str(TOY / "chats/chat.json")],
-                   help="LLaVA JSON files (captions, as pretrain.py reads them, are learned as captions); FILE@3: each "
-                        "epoch reads it three times")
-    g.add_argument("--images", metavar="DIR", default=str(TOY / "chats/images"),
-                   help="what their image paths are relative to")
-    g.add_argument("--max-length", type=POSITIVE, default=2048,
-                   help="tokens of a sample; longer ones are cut at the right")
-    engine.add_options(parser, steps=7000, warmup=300, batch=128, lr=2e-5, text_tokens=300)
-    parser.set_defaults(out=str(TOY / "sft"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
+    g = parser.add_argument_group("the model and its samples")
+    g.add_argument("--model", metavar="DIR", help=f"folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
+    g.add_argument("--max-length", type=POSITIVE, default=2048, metavar="N", help="longer samples are cut at the right")
+    engine.add_options(parser, "sft", "chats/chat.json", "LLaVA JSON, or captions", steps=7000, warmup=300, batch=128,
+                       lr=2e-5, text=300)
     return parser
 
 
@@ -37,11 +29,11 @@ def main():
     if args.plan:
         return plan.show(args, *plan.sizes(args.model, args.model), "sft")
     args.model = args.model or TOY / "pretrain"
-    world = engine.start(args)
-    model = Libra.from_pretrained(need(args.model))
-    recipe = Recipe(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution, args.max_length,
-                    args.seed)
-    train(args, world, model, recipe)
+    dist = engine.setup(args)
+    model = Libra.from_pretrained(require_path(args.model))
+    builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
+                            args.max_length, args.seed)
+    train_libra(args, dist, model, builder)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Text (Sec. 3.1, Eq. 7): SentencePiece pieces around images, the chat template, and which labels count.
+"""Text (Sec. 3.1, Eq. 7): SentencePiece pieces around images, the chat template, and which tokens the loss counts.
 
     text = Text("llama/tokenizer.model")
-    ids, counted = text.chat([("What is this?", 1, "A cat.")])      # one image, then a question and its answer
+    ids, loss_mask = text.chat([("What is this?", 1, "A cat.")])      # one image, then a question and its answer
 
-A sequence is two lists: token ids, with IMG for a whole image, and `counted`, 1 where the token is a target of the
-loss. It is built piece by piece, so no label mask is ever guessed from offsets in a string.
+A sequence is two lists: token ids, with IMG for a whole image, and `loss_mask`, 1 where the token is a target of the
+loss. Both grow piece by piece, so the mask never depends on offsets in a string.
 """
+from itertools import accumulate
 from pathlib import Path
 
 import sentencepiece
 import torch
 
-from weights import UserError
+from common.weights import UserError
 
 IMG = -1                     # stands for one whole image (BOI, codes, EOI) in a list of token ids
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -19,17 +20,17 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 
 
 class Text:
-    """SentencePiece around images: the text before an image, after it and after </s> is encoded each on its own."""
+    """The text before an image, after it, and after </s> is encoded each on its own."""
 
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such file. A LLaMA's folder and a Libra's hold their SentencePiece model under"
-                            " this name; a run's checkpoints become a model folder with --resume --export")
+            raise UserError(f"{path}: no such file. The folder of a LLaMA or a Libra has its SentencePiece model under "
+                            "this name; a run's checkpoints become such a folder with --resume --export")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a SentencePiece model (is it a git-lfs pointer or a cut download?)") from None
+            raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
         self.newline, self.blank = self.model.piece_to_id("<0x0A>"), self.model.piece_to_id("▁")
         self.vocab_size = self.model.vocab_size()
@@ -40,11 +41,11 @@ class Text:
                             "and remove_extra_whitespaces=False")
 
     def _encode(self, text):
-        """Control tokens spelled out in the text (<s>, </s>) stay text; lone surrogates become '?'."""
+        """Control tokens written in the text (<s>, </s>) stay text; lone surrogates become '?'."""
         return self.model.encode(text.encode("utf-8", "replace").decode("utf-8"))
 
     def _after_image(self, text):
-        """What follows an EOI: one newline token and the text without a '▁' of its own."""
+        """The newline token that follows an EOI, and the text without a '▁' of its own"""
         ids = self._encode("\n" + text)
         return ids[1:] if ids[0] == self.blank else ids
 
@@ -53,10 +54,8 @@ class Text:
         return [self.bos] + self._encode(text)
 
     def caption(self, caption, end=True, image_first=True, most=None):
-        """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG]  (Sec. 3.3, 4.3).
-
-        most: tokens of the caption that are kept; a caption that was cut has no </s>. -> ids, counted
-        """
+        """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG] (Sec. 3.3, 4.3), with `most`
+        tokens of the caption at most. A caption that is cut has no </s>. -> ids, loss_mask"""
         words = self._after_image(caption)[1:] if image_first else self._encode(caption)
         end = [self.eos] if end and image_first and (most is None or len(words) <= most) else []
         words = words[:most] + end
@@ -65,72 +64,52 @@ class Text:
         return [self.bos] + words + [self.newline, IMG], [0] + [1] * len(words) + [0, 1]
 
     def chat(self, turns, system=SYSTEM):
-        """The template of Eq. 7 over turns (question, number of images, answer); answer None leaves it open.
-
-        Only answers with their </s> are counted (Eq. 8). -> ids, counted
-        """
-        ids, counted = [self.bos], [0]
+        """The template of Eq. 7 over turns (question, number of images, answer); an answer None is left open. Only
+        answers with their </s> are counted (Eq. 8). -> ids, loss_mask"""
+        ids, loss_mask = [self.bos], [0]
 
         def add(piece, label=0):
             ids.extend(piece)
-            counted.extend([label] * len(piece))
+            loss_mask.extend([label] * len(piece))
 
-        for turn, (question, images, answer) in enumerate(turns):
+        for turn, (question, n_images, answer) in enumerate(turns):
             opening = f"{system} USER:" if turn == 0 and system else "USER:"
-            if images:
-                add(self._encode(opening))
-                add([IMG, self.newline] * (images - 1) + [IMG])
+            if n_images:
+                add(self._encode(opening) + [IMG, self.newline] * (n_images - 1) + [IMG])
                 add(self._after_image(f"{question} ASSISTANT:"))
             else:
                 add(self._encode(f"{opening} {question} ASSISTANT:"))
             if answer is not None:
                 piece = self._encode(f"{answer} ") + [self.eos]
-                lone = int(piece[0] == self.blank)        # a '▁' that is a token of its own belongs to the template
-                add(piece[:lone])
-                add(piece[lone:], 1)
-        return ids, counted
+                n_template = int(piece[0] == self.blank)  # a '▁' that is a token of its own belongs to the template
+                add(piece[:n_template])
+                add(piece[n_template:], 1)
+        return ids, loss_mask
 
     def decode(self, ids):
-        """Text of generated ids: the lone '▁' before </s> and what follows </s> are dropped."""
+        """Generated ids up to </s>, without the lone '▁' before it"""
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
-        return self.model.decode([i for i in ids if i not in (self.bos, self.eos)]).strip()
+        return self.model.decode([i for i in ids if i != self.bos]).strip()
 
 
-def cut(ids, counted, max_length, image_tokens, name="sample"):
-    """Cut a sequence at its right to max_length positions, never through an image.
-
-    Raises UserError naming the sample where no counted label is left (a loader skips it and counts it as no_label).
-    """
-    length = kept = 0
-    for token in ids:
-        length += image_tokens if token == IMG else 1
-        if length > max_length:
-            break
-        kept += 1
-    if not any(counted[:kept]):
-        raise UserError(f"{name}: no label counts within {max_length} tokens "
-                        f"({'the answer begins later' if any(counted) else 'it has no answer'})")
-    return ids[:kept], counted[:kept]
+def truncate(ids, loss_mask, max_length, image_tokens):
+    """Cut a sequence at its right to max_length positions, never through an image"""
+    lengths = accumulate(image_tokens if token == IMG else 1 for token in ids)
+    end = sum(length <= max_length for length in lengths)
+    return ids[:end], loss_mask[:end]
 
 
-def spell_out(ids, counted, images, config):
-    """Put the ids of the images in the place of their marks.
-
-    ids, counted: lists as Text makes them; images: a (G*G, K) tensor of codes for each mark; config: a LibraConfig.
-    Image ids are offset by V, text ids stand in all K columns, as in the published code.
-    -> ids (L, K) long, counted (L,) bool
-    """
-    books, boi = config.vision_codebook_num, config.vocab_size + config.codes
-    if (marks := ids.count(IMG)) != len(images):
-        raise UserError(f"the text has places for {marks} images, {len(images)} were given")
+def expand_images(ids, loss_mask, images, config):
+    """Replace each IMG by the ids of its image. images: a (G*G, K) tensor of codes for each. Image ids are offset by V,
+    text ids stand in all K columns, as in the published code. -> ids (L, K) long, loss_mask (L,) bool"""
+    assert ids.count(IMG) == len(images)
     rows, labels, images = [], [], iter(images)
-    for token, label in zip(ids, counted):
+    boi = torch.full((1, config.vision_codebook_num), config.vocab_size + config.codes)       # EOI is BOI + 1
+    for token, label in zip(ids, loss_mask):
         if token == IMG:
-            edge = torch.full((1, books), boi)
-            block = torch.cat([edge, next(images) + config.vocab_size, edge + 1])
-            rows.append(block)
-            labels += [0] + [label] * (len(block) - 1)                                        # BOI is never a target
+            rows.append(torch.cat([boi, next(images) + config.vocab_size, boi + 1]))
+            labels += [0] + [label] * (len(rows[-1]) - 1)                                     # BOI is never a target
         else:
-            rows.append(torch.full((1, books), token))
+            rows.append(torch.full_like(boi, token))
             labels.append(label)
     return torch.cat(rows), torch.tensor(labels, dtype=torch.bool)

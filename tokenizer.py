@@ -1,13 +1,13 @@
-"""The image tokenizer (Sec. 3.2, A.1): a picture becomes discrete ids and contiguous CLIP signal, and ids a picture.
+"""The image tokenizer (Sec. 3.2, A.1): pixels -> CLIP states -> contiguous signal E_c -> LFQ ids -> decoder -> pixels.
 
     images = ImageTokenizer.from_pretrained(folder)
     ids, signal = images.encode(prepare(open_image("cat.jpg"), images.config.resolution)[None])
     images.decode(ids)                                    # (1, 3, R, R) in [-1, 1]
 
-Letters: B images, K codebooks of N codes, G = grid side, C = width of the contiguous signal E_c, R = resolution.
+Modules have the names of the published weights.
+Letters: B images, K codebooks of N codes, G = grid side, C = width of E_c, R = resolution.
 """
-import io
-import struct
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,21 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from config import check_types
-from vqgan import Decoder, Encoder
-from weights import (
-    UserError,
-    assign,
-    read_folder,
-    read_json,
-    read_tensors,
-    read_yaml,
-    reason,
-    save_tensors,
-    select,
-    shapes_only,
-    write_json,
-)
+from common import published
+from common.config import check_types
+from common.weights import UserError, assign, read_folder, read_json, save_tensors, shapes_only, write_json
 
 # ---------------------------------------------------------------- pixels
 
@@ -39,46 +27,14 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 
-def open_image(source):
-    """A file, or a PIL image -> an upright RGB picture: EXIF rotation is applied, transparency lies on white, 16 bits
-    become 8. UserError where it is no picture, is cut off, or is a decompression bomb."""
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
-        image = upright(image)
-        if image.mode.startswith(("I", "F")):             # 16 bits, which PIL would clip at 255, or floats from 0 to 1
-            grey = np.asarray(image, dtype=np.float32)
-            most = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() < 2 else 255
-            grey = grey * (255 / most)
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
-    except (Image.DecompressionBombError, *BROKEN) as error:
-        source = "a picture in memory" if isinstance(source, io.BytesIO) else source
-        raise UserError(f"{source}: cannot be read as a picture ({reason(error)})") from None
-
-
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
-
-
-def upright(image):
-    """EXIF rotation applied; a picture whose EXIF is broken stays as it is"""
-    try:
-        return ImageOps.exif_transpose(image)
-    except BROKEN:
-        return image
+def clip_mean_std(like):
+    return (like.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
 
 def prepare(image, resolution, square=True):
-    """CLIP's preprocessing: the shorter side to `resolution` (bicubic), centre crop, mean and deviation of CLIP.
-
-    square: first pad to a square with CLIP's mean colour, so that nothing is cropped away (pictures to be understood);
-    without it the middle is kept (pictures to be drawn). RGB PIL image -> (3, R, R) float32
-    """
+    """CLIP's preprocessing of an RGB image: the shorter side to `resolution` (bicubic), centre crop, CLIP's mean and
+    deviation -> (3, R, R) float32. square: pad to a square first, so that nothing is cropped away (pictures to be
+    understood); without it the middle is kept (pictures to be drawn)."""
     if square and image.width != image.height:
         if max(image.size) > 8192:                        # a 20000 x 10 strip would need a square of 1.2 GB
             image = image.copy()
@@ -88,25 +44,26 @@ def prepare(image, resolution, square=True):
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     shorter = min(image.size)
-    if max(image.size) > 16 * shorter:                    # a strip: cut it before enlarging it
+    if max(image.size) > 16 * shorter:                    # cut a long strip before it is enlarged
         image = ImageOps.fit(image, [min(side, 16 * shorter) for side in image.size])
-    wide, high = (int(resolution * side / shorter) for side in image.size)
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = (wide - resolution) // 2, (high - resolution) // 2
+    width, height = (int(resolution * side / shorter) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                 # (3, R, R)
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    mean, std = clip_mean_std(pixels)
+    return (pixels - mean) / std
 
 
 def to_rgb(pixels):
-    """CLIP-normalised pixels -> [-1, 1], the range the VQGAN draws in. (B, 3, R, R)"""
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    """CLIP-normalised pixels (B, 3, R, R) -> [-1, 1], the range of the VQGAN"""
+    mean, std = clip_mean_std(pixels)
     return 2 * (pixels * std + mean) - 1
 
 
 def to_pixels(rgb):
-    """The way back: [-1, 1] -> CLIP-normalised pixels"""
-    mean, std = (rgb.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    """The inverse of to_rgb"""
+    mean, std = clip_mean_std(rgb)
     return ((rgb + 1) / 2 - mean) / std
 
 
@@ -121,34 +78,31 @@ class ClipBlock(nn.Module):
     def __init__(self, width, inner, heads, eps):
         super().__init__()
         self.heads = heads
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width)
-                                        for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, x):                                                                     # (B, 1 + G*G, width)
-        h = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for name in ("q_proj", "k_proj", "v_proj"))                                # (B, heads, 1 + G*G, d)
-        x = x + self.self_attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (proj(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)                    # (B, heads, 1 + G*G, d)
+                   for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x + attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = self.mlp.fc1(self.layer_norm2(x))
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))                                 # quick-GELU
 
 
 class ClipViT(nn.Module):
-    """`hidden_states(pixels, n)`: list of n + 1 tensors (B, 1 + G*G, width); 0 = the embedding after pre_layrnorm,
-    i = the output of block i. Keys as in Hugging Face's `vision_model.*`; post_layernorm is there for them only."""
+    """Hugging Face's `vision_model.*`. post_layernorm is not used here; the published weights have it."""
 
     SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
     def __init__(self, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, image_size, patch_size,
                  layer_norm_eps=1e-5):
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.class_embedding = nn.Parameter(
-            nn.init.normal_(torch.empty(hidden_size), std=hidden_size ** -0.5))
-        self.embeddings.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=False)
-        self.embeddings.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, hidden_size)
+        e = self.embeddings = nn.Module()
+        e.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(hidden_size), std=hidden_size ** -0.5))
+        e.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=False)
+        e.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, hidden_size)
         self.pre_layrnorm = nn.LayerNorm(hidden_size, layer_norm_eps)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
             ClipBlock(hidden_size, intermediate_size, num_attention_heads, layer_norm_eps)
@@ -156,6 +110,7 @@ class ClipViT(nn.Module):
         self.post_layernorm = nn.LayerNorm(hidden_size, layer_norm_eps)
 
     def hidden_states(self, pixels, layers=None):
+        """-> layers + 1 tensors (B, 1 + G*G, width): 0 = the embedding after pre_layrnorm, i = the output of block i"""
         e = self.embeddings
         patches = e.patch_embedding(pixels).flatten(2).transpose(1, 2)                        # (B, G*G, width)
         x = torch.cat([e.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + e.position_embedding.weight
@@ -165,58 +120,42 @@ class ClipViT(nn.Module):
         return states
 
 
-def read_clip_sizes(folder):
-    """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
-    path, expected = Path(folder) / "config.json", "expected a CLIP folder as clip-vit-large-patch14-336 is one"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json in it; {expected}, with its weights")
-    config = read_json(path)
-    config = config.get("vision_config", config)
-    lost = [name for name in ClipViT.SIZES if name not in config]
-    if lost:
-        raise UserError(f"{path}: no {', '.join(lost)}; {expected}")
-    if (act := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
-        raise UserError(f"{folder}/config.json: hidden_act is {act!r}, only quick_gelu (OpenAI's CLIP) is supported")
-    return {name: config[name] for name in ClipViT.SIZES} | {"layer_norm_eps": config.get("layer_norm_eps", 1e-5)}
-
-
-# ---------------------------------------------------------------- lookup-free quantization
+# ---------------------------------------------------------------- quantization
 
 class LFQ(nn.Module):
-    """K codebooks of N = 2^bits codes without a table: the code is the sign of each projected dimension (A.1)."""
+    """K codebooks of N = 2^bits codes without a table: a bit of an id is the sign of a projected dimension (A.1)."""
 
     def __init__(self, dim, codebook_size, num_codebooks):
         super().__init__()
-        self.books, self.bits = num_codebooks, codebook_size.bit_length() - 1
+        self.num_codebooks, self.bits = num_codebooks, codebook_size.bit_length() - 1
         if 2 ** self.bits != codebook_size:
-            raise UserError(f"codebook_size is {codebook_size}, expected a power of two: a code is a row of bits")
-        self.project_in = nn.Linear(dim, self.books * self.bits)
-        self.project_out = nn.Linear(self.books * self.bits, dim)
+            raise UserError(f"codebook_size is {codebook_size}, expected a power of two: an id is made of bits")
+        self.project_in = nn.Linear(dim, self.num_codebooks * self.bits)
+        self.project_out = nn.Linear(self.num_codebooks * self.bits, dim)
 
     def forward(self, x):
         """(B, dim, G, G) -> quantized (B, dim, G, G), ids (B, G, G, K), projected (B, G, G, K * bits)"""
         projected = self.project_in(x.permute(0, 2, 3, 1))
         code = torch.where(projected > 0, 1.0, -1.0).to(x.dtype)
-        ids = ((code > 0).unflatten(-1, (self.books, self.bits)) * self._powers(x.device)).sum(-1)
+        ids = ((code > 0).unflatten(-1, (self.num_codebooks, self.bits)) * self.bit_values(x.device)).sum(-1)
         code = projected + (code - projected).detach()                                        # straight-through
         return self.project_out(code).permute(0, 3, 1, 2), ids, projected
 
     def codes(self, ids):
         """ids (..., K) -> signs (..., K * bits)"""
-        bits = (ids[..., None] & self._powers(ids.device)) > 0
+        bits = (ids[..., None] & self.bit_values(ids.device)) > 0
         return torch.where(bits, 1.0, -1.0).flatten(-2).to(self.project_out.weight.dtype)
 
     def vectors(self, ids):
         """ids (..., K) -> what the decoder reads (..., dim)"""
         return self.project_out(self.codes(ids))
 
-    def _powers(self, device):
+    def bit_values(self, device):
         return 2 ** torch.arange(self.bits - 1, -1, -1, device=device)                        # most significant first
 
 
 class VQ(nn.Module):
-    """What LFQ replaced: K learned tables of N vectors, each for its share of the dimensions; the nearest is the code.
-    The paper's failing baseline (Fig. 2), here to compare with."""
+    """The paper's failing baseline (Fig. 2): K learned tables, each for its share of dimensions; the nearest wins."""
 
     def __init__(self, dim, codebook_size, num_codebooks):
         super().__init__()
@@ -224,7 +163,7 @@ class VQ(nn.Module):
         self.tables = nn.Parameter(torch.empty(shape).uniform_(-1 / codebook_size, 1 / codebook_size))
 
     def forward(self, x):
-        """As LFQ; projected is (B, G, G, dim), x itself"""
+        """As LFQ; projected (B, G, G, dim) is x itself"""
         projected = x.permute(0, 2, 3, 1)
         parts = projected.unflatten(-1, (len(self.tables), -1))                               # (B, G, G, K, dim / K)
         product = torch.einsum("...kd,knd->...kn", parts, self.tables)
@@ -233,11 +172,117 @@ class VQ(nn.Module):
         return code.permute(0, 3, 1, 2), ids, projected
 
     def vectors(self, ids):
-        """ids (..., K) -> what the decoder reads (..., dim)"""
         return torch.cat([table[ids[..., k]] for k, table in enumerate(self.tables)], dim=-1)
 
 
 QUANTIZERS = {"lfq": LFQ, "vq": VQ}
+
+
+# ---------------------------------------------------------------- VQGAN: taming-transformers' layers and names
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.nin_shortcut(x)
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (proj(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)          # (B, heads, h*w, d)
+                   for proj in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+def middle(width, heads):
+    return nn.Sequential(OrderedDict(block_1=ResBlock(width, width), attn_1=AttnBlock(width, heads),
+                                     block_2=ResBlock(width, width)))
+
+
+def upsample(width, size):
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample((size, size)), conv=nn.Conv2d(width, width, 3, padding=1)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where attn_resolutions has that resolution"""
+
+    def __init__(self, c_in, c_out, n_blocks, size, config):
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+        for i in range(n_blocks):
+            self.block.append(ResBlock(c_out if i else c_in, c_out))
+            attention = size in config.attn_resolutions
+            self.attn.append(AttnBlock(c_out, config.num_attn_heads) if attention else nn.Identity())
+
+    def forward(self, x):
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, G, G) -> (B, 3, R, R). The last upsampling goes to R, by a fraction if need be (192 -> 336)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, width, size = config, config.ch * config.ch_mult[-1], config.grid
+        self.conv_in, self.mid = nn.Conv2d(c.z_channels, width, 3, padding=1), middle(width, c.num_attn_heads)
+        levels = []
+        for i in reversed(range(len(c.ch_mult))):
+            level = Level(width, c.ch * c.ch_mult[i], c.num_res_blocks + 1, size, c)
+            width, size = c.ch * c.ch_mult[i], 2 * size
+            level.upsample = upsample(width, c.resolution if i == 1 else size) if i else nn.Identity()
+            levels.insert(0, level)                                                           # up.0 is the finest
+        self.up = nn.ModuleList(levels)
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level.upsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Encoder(nn.Module):
+    """(B, 3, R, R) in [-1, 1] -> (B, z_channels, G, G); takes the place of the frozen CLIP in Table 3 (g)"""
+
+    def __init__(self, config):
+        super().__init__()
+        c, width, last = config, config.ch, len(config.ch_mult) - 1
+        self.resolution = size = c.grid * 2 ** last       # pictures of another one are scaled to it
+        self.conv_in, self.down = nn.Conv2d(3, width, 3, padding=1), nn.ModuleList()
+        for i, multiple in enumerate(c.ch_mult):
+            level = Level(width, c.ch * multiple, max(1, c.num_res_blocks), size, c)
+            width, size = c.ch * multiple, size // 2
+            level.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else nn.Identity()
+            self.down.append(level)
+        self.mid = middle(width, c.num_attn_heads)
+        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, c.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        if x.shape[-1] != self.resolution:
+            x = F.interpolate(x, size=(self.resolution, self.resolution), mode="bilinear", antialias=True)
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level.downsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 # ---------------------------------------------------------------- the image tokenizer
@@ -262,37 +307,11 @@ class ImageTokenizerConfig:
     encoder: str = "clip"                                 # scratch: the VQGAN's own, trained along, Table 3 (g)
 
     def __post_init__(self):
-        check_types(self, "image tokenizer", at_least={"num_res_blocks": 0, "codebook_size": 2})
-        if known := set(self.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
-            raise UserError(f"image tokenizer: the sizes of its CLIP lack or have too much: {sorted(known)}")
-        size, patch = self.clip["image_size"], self.clip["patch_size"]
-        if (size, size // patch) != (self.resolution, self.grid):
-            raise UserError(f"image tokenizer: resolution {self.resolution} and grid {self.grid} do not fit a CLIP of "
-                            f"{size} pixels with patches of {patch}")
-        if not self.select_layers or not all(0 <= i <= self.clip["num_hidden_layers"] for i in self.select_layers):
-            raise UserError(f"image tokenizer: select_layers {list(self.select_layers)}, but the CLIP has the states 0 "
-                            f"(its embedding) to {self.clip['num_hidden_layers']} (its last layer)")
-        for name, known in (("quantizer", list(QUANTIZERS)), ("encoder", ["clip", "scratch"])):
-            if getattr(self, name) not in known:
-                raise UserError(f"image tokenizer: {name} is {getattr(self, name)!r}, expected one of {known}")
-        if len(self.ch_mult) < 2:
-            raise UserError(f"image tokenizer: ch_mult {list(self.ch_mult)} has one level, expected two or more: the "
-                            "picture grows from one to the next")
-        tables = self.num_codebooks if self.quantizer == "vq" else 1
-        for name, whole, part, why in (
-                ("embed_dim", self.embed_dim, tables, "codebooks of VQ"),
-                ("hidden_size", self.clip["hidden_size"], self.clip["num_attention_heads"], "heads of the CLIP"),
-                ("ch", self.ch, 32, "group norms of 32 channels"),
-                ("ch times the last of ch_mult", self.ch * self.ch_mult[-1], self.num_attn_heads,
-                 "heads of the decoder, num_attn_heads")):
-            if whole % part:
-                raise UserError(f"image tokenizer: {name}, {whole}, does not divide by {part}: {why}")
+        check_config(self)
 
     @property
-    def signal_size(self):
-        if self.encoder == "scratch":
-            return self.z_channels
-        return self.clip["hidden_size"] * len(self.select_layers)                             # C
+    def signal_size(self):                                                                    # C
+        return self.z_channels if self.encoder == "scratch" else self.clip["hidden_size"] * len(self.select_layers)
 
 
 class ImageTokenizer(nn.Module):
@@ -301,32 +320,28 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.encoder == "scratch":
-            self.encoder = Encoder(c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.z_channels, c.grid,
-                                   c.num_attn_heads)
-        else:
-            self.encoder = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
+        self.encoder = Encoder(c) if c.encoder == "scratch" else nn.ModuleDict(
+            {"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
         self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
         self.quantize = QUANTIZERS[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        self.decoder = Decoder(c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.z_channels, c.grid,
-                               c.resolution, c.num_attn_heads)
+        self.decoder = Decoder(c)
 
     @property
     def clip(self):
         return self.encoder.vision_tower.vision_model
 
     def signal(self, pixels):
-        """pixels (B, 3, R, R), normalised as CLIP's -> E_c (B, G*G, C), row by row, the class token dropped"""
+        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token"""
         if self.config.encoder == "scratch":
             return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
         states = self.clip.hidden_states(pixels, max(self.config.select_layers))
         return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
 
     def quantized(self, signal):
-        """E_c (B, G*G, C) -> what LFQ.forward returns, of quant_conv(E_c)"""
-        grid = self.config.grid
-        return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, (grid, grid))))
+        """E_c (B, G*G, C) -> what LFQ.forward returns of quant_conv(E_c)"""
+        grid = (self.config.grid, self.config.grid)
+        return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, grid)))
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -337,31 +352,14 @@ class ImageTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids):
         """ids (B, G*G, K) -> pixels (B, 3, R, R), about [-1, 1]"""
-        if ids.min() < 0 or ids.max() >= self.config.codebook_size:
-            raise UserError(f"image ids run from {ids.min()} to {ids.max()}, expected 0 to "
-                            f"{self.config.codebook_size - 1}: BOI and EOI are no codes")
+        assert ids.min() >= 0 and ids.max() < self.config.codebook_size, "BOI and EOI are no codes"
         z = self.quantize.vectors(ids).transpose(1, 2)
         return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, self.config.grid))))
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """Our folder (config.json, model.safetensors), a model folder that has one inside, or a published folder
-        (libra-vision-tokenizer, libra-11b-chat, libra-11b-base) as it is."""
-        folder = Path(folder)
-        if (folder / "image_tokenizer").is_dir():
-            folder = folder / "image_tokenizer"
-        path, known = folder / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
-        if (folder / "vision_tokenizer_config.yaml").is_file():
-            config, tensors, source = read_published(folder, dtype)
-        elif path.is_file() and "clip" in (values := read_json(path)):
-            if known != values.keys():
-                raise UserError(f"{path}: it lacks {sorted(known - values.keys())}, unknown are "
-                                f"{sorted(values.keys() - known)}")
-            config, tensors, source = ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
-        else:
-            raise UserError(f"{folder}: no image tokenizer; expected in it the folder image_tokenizer, or "
-                            "vision_tokenizer_config.yaml. A LLaMA has none: pretrain.py makes a Libra of --llm LLAMA "
-                            "and --image-tokenizer, which train_tokenizer.py makes")
+        """Our folder, a model folder that has one inside, or a published folder as it is"""
+        config, tensors, source = read_image_tokenizer(Path(folder), dtype)
         with shapes_only():
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)
@@ -374,52 +372,70 @@ class ImageTokenizer(nn.Module):
         save_tensors(folder / "model.safetensors", self.state_dict())
 
 
-YAML_NAMES = {  # in vision_tokenizer_config.yaml -> here
-    "params": {"embed_dim": "embed_dim", "codebook_size": "codebook_size", "num_codebook": "num_codebooks"},
-    "ddconfig": {"select_layer": "select_layers", "z_channels": "z_channels", "resolution": "resolution", "ch": "ch",
-                 "ch_mult": "ch_mult", "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions",
-                 "initial_resolution": "grid", "num_attn_head": "num_attn_heads"}}
-YAML_FIXED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+# ---------------------------------------------------------------- files and their mistakes
+
+def read_image_tokenizer(folder, dtype):
+    """-> ImageTokenizerConfig, tensors, the path they came from"""
+    if (folder / "image_tokenizer").is_dir():
+        folder = folder / "image_tokenizer"
+    if (folder / published.CONFIG).is_file():
+        sizes, checkpoint, clip_folder = published.read_published_config(folder)
+        config = ImageTokenizerConfig(clip=read_clip_sizes(clip_folder), **sizes)
+        tensors = published.read_published_weights(checkpoint, dtype)
+        if not any(name.startswith(published.CLIP) for name in tensors):
+            tensors |= read_clip_weights(clip_folder, dtype, published.CLIP)
+        return config, tensors, checkpoint
+    path, known = folder / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
+    values = read_json(path) if path.is_file() else {}
+    if "clip" not in values:
+        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer or {published.CONFIG} in it. A LLaMA "
+                        "has none: pretrain.py gives it one (--llm, --image-tokenizer)")
+    if different := known ^ values.keys():
+        raise UserError(f"{path}: missing or unknown fields: {sorted(different)}")
+    return ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
 
 
-def read_published(folder, dtype=None):
-    """vision_tokenizer_config.yaml, vqgan.ckpt and the CLIP folder beside them -> config, tensors, file name"""
-    path = folder / "vision_tokenizer_config.yaml"
-    top = read_yaml(path)
-    params = top.pop("params", None)
-    dd = params.pop("ddconfig", None) if isinstance(params, dict) else None
-    if not isinstance(dd, dict):
-        raise UserError(f"{path}: expected the mappings params and, in it, ddconfig")
-    checkpoint, encoder = params.pop("ckpt_path", None) or "vqgan.ckpt", dd.pop("encoder_name", None) or ""
-    checkpoint, encoder = folder / str(checkpoint), folder / str(encoder)
-    top = {key: top[key] for key in top if key not in ("freeze", "max_vision_token_length")}
-    for key, value in YAML_FIXED.items():
-        if dd.pop(key, value) != value:
-            raise UserError(f"{path}: {key} must be {value}")
-    unknown = [*top, *(params.keys() - YAML_NAMES["params"].keys()), *(dd.keys() - YAML_NAMES["ddconfig"].keys())]
-    lost = [*(YAML_NAMES["params"].keys() - params.keys()), *(YAML_NAMES["ddconfig"].keys() - dd.keys())]
-    if unknown or lost:
-        raise UserError(f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(lost)}")
-    values = {YAML_NAMES["params"][key]: params[key] for key in params}
-    values |= {YAML_NAMES["ddconfig"][key]: dd[key] for key in dd}
-    config = ImageTokenizerConfig(clip=read_clip_sizes(encoder), **values)
-
-    tower = "encoder.vision_tower.vision_model."
-
-    def keep(name):                                       # not what only training needed, and not the buffers
-        ours = name.startswith(("decoder.", "quantize.project_", "quant_conv.", "post_quant_conv.", tower))
-        return name if ours and "position_ids" not in name else None
-    tensors = select(read_tensors(checkpoint), dtype, keep)
-    if not any(name.startswith(tower) for name in tensors):
-        tensors |= read_clip_weights(encoder, dtype, tower)
-    return config, tensors, checkpoint
+def read_clip_sizes(folder):
+    """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
+    path, expected = Path(folder) / "config.json", "expected a CLIP folder such as clip-vit-large-patch14-336"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json in it; {expected}")
+    config = read_json(path)
+    config = config.get("vision_config", config)
+    if missing := [name for name in ClipViT.SIZES if name not in config]:
+        raise UserError(f"{path}: no {', '.join(missing)}; {expected}")
+    if (act := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise UserError(f"{path}: hidden_act is {act!r}, only quick_gelu (OpenAI's CLIP) is supported")
+    return {name: config[name] for name in ClipViT.SIZES} | {"layer_norm_eps": config.get("layer_norm_eps", 1e-5)}
 
 
 def read_clip_weights(folder, dtype=None, prefix=""):
-    """The vision tower of an HF CLIP folder -> {prefix + name: tensor}; the text tower stays behind. Newer versions of
-    Hugging Face save a vision model without the `vision_model.` before its names."""
+    """The vision tower of an HF CLIP folder -> {prefix + name: tensor}"""
     def keep(name):
-        name = name.removeprefix("vision_model.")
-        ours = name.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."))
-        return prefix + name if ours and "position_ids" not in name else None
+        name = name.removeprefix("vision_model.")         # newer versions of Hugging Face save it without this
+        in_tower = name.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."))
+        return prefix + name if in_tower and "position_ids" not in name else None
     return read_folder(folder, dtype, keep)
+
+
+def check_config(c):
+    check_types(c, "image tokenizer", at_least={"num_res_blocks": 0, "codebook_size": 2})
+    if different := set(c.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
+        raise UserError(f"image tokenizer: missing or unknown sizes of its CLIP: {sorted(different)}")
+    if len(c.ch_mult) < 2:
+        raise UserError(f"image tokenizer: ch_mult {list(c.ch_mult)} has one level, expected two or more")
+    size, patch, n_layers = c.clip["image_size"], c.clip["patch_size"], c.clip["num_hidden_layers"]
+    width, clip_heads = c.clip["hidden_size"], c.clip["num_attention_heads"]
+    for fits, problem in (
+            ((size, size // patch) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do not fit "
+             f"its CLIP of {size} pixels and patches of {patch}"),
+            (c.select_layers and all(0 <= i <= n_layers for i in c.select_layers), f"select_layers are "
+             f"{list(c.select_layers)}, but the states of its CLIP are 0 (the embedding) to {n_layers}"),
+            (c.quantizer in QUANTIZERS, f"quantizer is {c.quantizer!r}, expected one of {list(QUANTIZERS)}"),
+            (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
+            (c.quantizer != "vq" or c.embed_dim % c.num_codebooks == 0, "embed_dim does not divide by num_codebooks"),
+            (width % clip_heads == 0, f"its CLIP's width, {width}, does not divide by its heads, {clip_heads}"),
+            (c.ch % 32 == 0, f"ch, {c.ch}, does not divide by 32, the groups of the norms"),
+            (c.ch * c.ch_mult[-1] % c.num_attn_heads == 0, "ch * ch_mult[-1] does not divide by num_attn_heads")):
+        if not fits:
+            raise UserError(f"image tokenizer: {problem}")

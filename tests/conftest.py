@@ -6,7 +6,7 @@ from scripts import TOKENIZER, run
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy")
-    run("toy.py", "--out", path, "--captions 60 --chats 40 --questions 69 --llama-steps 3 --clip-steps 3")
+    run("toy.make", "--out", path, "--captions 60 --chats 40 --questions 69 --llama-steps 3 --clip-steps 3")
     return path
 
 

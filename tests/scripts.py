@@ -1,5 +1,5 @@
-"""The scripts as a user runs them, in processes of their own. These are forked from a server that has torch imported
-already: importing it anew two hundred times was half of the tests' minutes. `begin` is the command line itself."""
+"""Run the scripts as a user does, in processes of their own. `run` forks them from a server that has imported torch,
+which saves half of the tests' minutes; `start` uses the real command line."""
 import json
 import multiprocessing
 import os
@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -26,38 +27,57 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def checkpoint_tensors(checkpoint):
+    """{path: tensor or number} of everything in a checkpoint folder, done.json's and the random states included"""
+    whole, found = checkpoint.parent / "whole.pt", {}
+    dcp_to_torch_save(checkpoint, whole)
+
+    def walk(value, path):
+        if not isinstance(value, dict):
+            found[path] = value
+        for key, part in value.items() if isinstance(value, dict) else ():
+            walk(part, f"{path}/{key}")
+    walk(torch.load(whole, weights_only=False), "")
+    whole.unlink()
+    done = json.loads((checkpoint / "done.json").read_text())
+    walk({"data": done["data"], "step": done["step"]}, "done")
+    random = torch.load(checkpoint / "random-0.pt", weights_only=False)
+    walk({"torch": random["torch"], "python": random["python"]}, "random")
+    return found
+
+
 def split(words):
-    """'--steps 3', a path, ('a question',) -> words of a command line"""
+    """Strings of several words, paths, and tuples of whole words -> words of a command line"""
     return [word for part in words for word in (
         part.split() if isinstance(part, str) else part if isinstance(part, tuple) else [str(part)])]
 
 
-def begin(script, *words, processes=1):
-    """-> the command at work, torchrun's for several processes: it leads a group of its own and can be sent signals"""
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] * (processes > 1)
-    return subprocess.Popen([sys.executable, *start, script, *split(words)], cwd=ROOT, text=True,
+def start(script, *words, processes=1):
+    """-> a running command (torchrun for several processes) with a process group of its own, for signals"""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] * (processes > 1)
+    return subprocess.Popen([sys.executable, *torchrun, script, *split(words)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
                             start_new_session=True)
 
 
 def run(script, *words, processes=1, ok=True):
-    """-> what a script prints; it must end well, or with one sentence and no traceback"""
-    jobs = [Fork(script, *words, **ranks) for ranks in torchrun(processes)]
+    """-> what a script prints. ok=False: it must fail, with one sentence and no traceback"""
+    jobs = [Fork(script, *words, **environment) for environment in rank_environments(processes)]
     try:
         for job in jobs:
             job.process.join(300)
-        codes, said = [job.process.exitcode for job in jobs], "".join(job.said() for job in jobs)
+        codes, output = [job.process.exitcode for job in jobs], "".join(job.output() for job in jobs)
     finally:
         for job in jobs:
             job.end()
-    assert None not in codes, f"{script} did not end: {said[-5000:]}"
-    assert (not any(codes)) == ok, said[-5000:]
-    assert ok or "Traceback" not in said, said
-    return said
+    assert None not in codes, f"{script} did not end: {output[-5000:]}"
+    assert (not any(codes)) == ok, output[-5000:]
+    assert ok or "Traceback" not in output, output
+    return output
 
 
-def torchrun(processes):
-    """-> for each process the environment that torchrun gives it"""
+def rank_environments(processes):
+    """The environment that torchrun gives to each process"""
     if processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -68,7 +88,7 @@ def torchrun(processes):
 
 
 class Fork:
-    """A script at work: `process`, and what it has said so far"""
+    """A running script"""
 
     def __init__(self, script, *words, **environment):
         self.folder = tempfile.TemporaryDirectory()
@@ -79,7 +99,7 @@ class Fork:
             [script, *split(words)], os.environ | ENVIRONMENT | environment, self.files))
         self.process.start()
 
-    def said(self):
+    def output(self):
         return "".join(file.read_text(errors="replace") for file in self.files)
 
     def end(self):
@@ -89,7 +109,7 @@ class Fork:
 
 
 def execute(words, environment, files):
-    """In the new process: what `python script words` does"""
+    """In the new process: do what `python script.py words` or `python -m module words` does."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(ROOT)
@@ -97,5 +117,8 @@ def execute(words, environment, files):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sys.argv = words
-    sys.path.insert(0, str((ROOT / words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+    sys.path.insert(0, str(ROOT))
+    if words[0].endswith(".py"):
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)

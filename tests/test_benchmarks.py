@@ -1,4 +1,4 @@
-"""Files of every benchmark written as published, read, answered, scored against a second count, and submitted."""
+"""Files of every benchmark in their published form: read, answered, scored (checked by a second count), submitted."""
 import base64
 import copy
 import csv
@@ -7,10 +7,9 @@ import random
 
 import pytest
 
-import benchmarks
-from benchmarks import read, score, write
-from scores import average
-from weights import UserError
+from benchmarks.files import TASKS, read, score, write
+from benchmarks.scores import average
+from common.weights import UserError
 
 WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -86,7 +85,7 @@ PICTURES = {"vqav2": [COCO], "okvqa": ["000000000042.png"], "gqa": ["n77.jpg"], 
 
 
 def paths(folder, task, value=None, name=None):
-    """Write a task's file, its annotations where it has some, and its pictures -> what `read` wants"""
+    """Write a task's file, its annotations if it has any, and its pictures -> the arguments of `read`"""
     for picture in PICTURES[task]:
         save(folder / "images" / picture, "")
     files = [save(folder / (name or f"{task}.file"), FILES[task] if value is None else value)]
@@ -116,11 +115,11 @@ def test_items(tmp_path, task, number, question, truth, kinds):
     items = read(task, *paths(tmp_path, task))
     item = items[number]
     assert (item["question"], item["truth"], item["kinds"]) == (question, truth, kinds)
-    seen = [item["image"] for item in items]
+    images = [item["image"] for item in items]
     if task.startswith("mmbench"):
-        assert seen == [base64.b64decode(PICTURE)] * 5
+        assert images == [base64.b64decode(PICTURE)] * 5
     else:
-        assert {str(one.relative_to(tmp_path / "images")) for one in seen} == set(PICTURES[task])
+        assert {str(path.relative_to(tmp_path / "images")) for path in images} == set(PICTURES[task])
         assert len(items) == {"pope": 3, "nocaps": 2, "vqav2": 2, "okvqa": 2, "seed": 2, "mmvp": 2}.get(task, 1)
 
 
@@ -159,51 +158,53 @@ def test_mmbench_table(tmp_path):
     assert [row[0] for row in rows[1:]] == ["5", "1000005", "2000005", "6", "1000006"]
 
 
-def test_mmbench_turned_file(tmp_path):
-    """A file with the turned questions in it makes no more of them; they belong to the index without the millions."""
+def test_mmbench_file_with_rotations(tmp_path):
+    """A file that has the rotations is not rotated again; they belong to the question of the index without millions."""
     rows = [MMBENCH[0], MMBENCH[0] | {"index": 1000005, "A": "dog", "B": "cow", "C": "cat", "answer": "B", "image": 5},
             MMBENCH[0] | {"index": 2000005, "A": "cow", "B": "cat", "C": "dog", "answer": "A", "image": 5}]
     items = read("mmbench", *paths(tmp_path, "mmbench", tsv(rows)))
-    made = read("mmbench", *paths(tmp_path, "mmbench", tsv(rows[:1])))
-    assert items == made and [item["id"] for item in items] == [5, 1000005, 2000005]
+    rotated = read("mmbench", *paths(tmp_path, "mmbench", tsv(rows[:1])))
+    assert items == rotated and [item["id"] for item in items] == [5, 1000005, 2000005]
     assert score("mmbench", items, ["C", "B", "A"])["score"] == 1
     assert score("mmbench", items, ["C", "B", "B"]) == {"score": 0, "metric": "circular accuracy", "unparsed": 0,
                                                         "parts": {"fine": 0, "coarse": 0, "each": 2 / 3}}
 
 
-@pytest.mark.parametrize("within", [("", ""), ("images", "questions_answers_YN")])
-def test_mme(tmp_path, within):
+@pytest.mark.parametrize("image_folder, text_folder", [("", ""), ("images", "questions_answers_YN")])
+def test_mme(tmp_path, image_folder, text_folder):
     for task, stem in (("count", "a"), ("count", "b"), ("code_reasoning", "c")):
-        save(tmp_path / "mme" / task / within[0] / f"{stem}.{'png' if stem == 'c' else 'jpg'}", "")
-        save(tmp_path / "mme" / task / within[1] / f"{stem}.txt",
+        save(tmp_path / "mme" / task / image_folder / f"{stem}.{'png' if stem == 'c' else 'jpg'}", "")
+        save(tmp_path / "mme" / task / text_folder / f"{stem}.txt",
              f"Is {stem} one?  Please answer yes or no.\tYes\nIs {stem} two? Please answer yes or no.\tNo\n")
     save(tmp_path / "mme" / "eval_tool" / "readme.txt", "not a task")
     items = read("mme", tmp_path / "mme", tmp_path / "mme")
     assert [item["question"] for item in items[:2]] == [f"Is a one?\n{WORD}", f"Is a two?\n{WORD}"]
     assert [item["truth"] for item in items] == ["yes", "no"] * 3 and items[4]["image"].name == "c.png"
     answers = ["Yes", "no", "yes", "well\tthen", "no", "no"]
-    found = score("mme", items, answers)
-    assert found["score"] == 75 + 50 and found["parts"]["cognition"] == 50 and found["unparsed"] == 1
+    result = score("mme", items, answers)
+    assert result["score"] == 75 + 50 and result["parts"]["cognition"] == 50 and result["unparsed"] == 1
     write("mme", tmp_path / "out", items, answers)
-    last = (tmp_path / "out" / "count.txt").read_text().splitlines()[3]
-    assert last == "b.txt\tIs b two? Please answer yes or no.\tNo\twell then"
+    last_line = (tmp_path / "out" / "count.txt").read_text().splitlines()[3]
+    assert last_line == "b.txt\tIs b two? Please answer yes or no.\tNo\twell then"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["code_reasoning.txt", "count.txt"]
 
 
 def test_scores_of_small_files(tmp_path):
-    ask = lambda task, answers: score(task, read(task, *paths(tmp_path, task)), answers)
-    assert ask("vqav2", ["Red", "two"]) == {"score": 1, "metric": "VQA accuracy", "unparsed": 0, "parts": {
+    def score_of(task, answers):
+        return score(task, read(task, *paths(tmp_path, task)), answers)
+
+    assert score_of("vqav2", ["Red", "two"]) == {"score": 1, "metric": "VQA accuracy", "unparsed": 0, "parts": {
         "how many": 1, "number": 1, "other": 1, "what color": 1}}
-    assert ask("textvqa", ["Nous."])["score"] == 1 and ask("textvqa", ["no us"])["score"] == pytest.approx(.3)
-    assert ask("seed", ["B", "four"]) == {"score": .5, "metric": "accuracy", "unparsed": 1, "parts": {
+    assert score_of("textvqa", ["Nous."])["score"] == 1 and score_of("textvqa", ["no us"])["score"] == pytest.approx(.3)
+    assert score_of("seed", ["B", "four"]) == {"score": .5, "metric": "accuracy", "unparsed": 1, "parts": {
         "Action Recognition": 0, "Scene Understanding": 1, "image": 1, "video": 0}}
-    assert ask("scienceqa", ["A. here"])["score"] == 1
-    assert ask("mmvp", ["(a)", "open"]) == {"score": 0, "metric": "pairs", "unparsed": 0, "parts": {"each": .5}}
-    assert ask("mmvp", ["a", "closed"])["score"] == 1
-    assert ask("mm-vet", ["anything"])["score"] is None
-    nocaps = ask("nocaps", ["a dog 0", "a dog"])
+    assert score_of("scienceqa", ["A. here"])["score"] == 1
+    assert score_of("mmvp", ["(a)", "open"]) == {"score": 0, "metric": "pairs", "unparsed": 0, "parts": {"each": .5}}
+    assert score_of("mmvp", ["a", "closed"])["score"] == 1
+    assert score_of("mm-vet", ["anything"])["score"] is None
+    nocaps = score_of("nocaps", ["a dog 0", "a dog"])
     assert nocaps["score"] > 1 and nocaps["parts"] == {"in-domain": 0, "out-domain": 0}   # one image a domain
-    pope = [ask("pope", answers) for answers in (["yes", "no", "yes"], ["yes", "yes", "no"])]
+    pope = [score_of("pope", answers) for answers in (["yes", "no", "yes"], ["yes", "yes", "no"])]
     assert pope[0]["score"] == 1 and pope[1]["score"] == pytest.approx(.5)
     assert average(pope)["score"] == pytest.approx(.75) and average(pope)["parts"]["accuracy"] == pytest.approx(2 / 3)
 
@@ -229,56 +230,56 @@ def test_200_of_vqav2(tmp_path):
     images, questions, annotations = paths(tmp_path, "vqav2")
     save(questions, {"questions": entries})
     save(annotations, {"annotations": rng.sample(truths, 200)})
-    said = rng.choices(["red", "Blue.", "two", "the dog", "cat"], k=200)
-    plain = {"red": "red", "Blue.": "blue", "two": "2", "the dog": "a dog", "cat": "cat"}
-    worth = []
-    for truth, answer in zip(truths, said):
+    answers = rng.choices(["red", "Blue.", "two", "the dog", "cat"], k=200)
+    matching = {"red": "red", "Blue.": "blue", "two": "2", "the dog": "a dog", "cat": "cat"}
+    accuracies = []
+    for truth, answer in zip(truths, answers):
         others = [[human["answer"] for human in truth["answers"] if human["answer_id"] != n] for n in range(1, 11)]
-        worth.append(sum(min(1, nine.count(plain[answer]) / 3) for nine in others) / 10)
-    found = score("vqav2", read("vqav2", images, questions, annotations), said)
-    assert found["score"] == pytest.approx(sum(worth) / 200, abs=1e-12) and 0 < found["score"] < 1
+        accuracies.append(sum(min(1, nine.count(matching[answer]) / 3) for nine in others) / 10)
+    result = score("vqav2", read("vqav2", images, questions, annotations), answers)
+    assert result["score"] == pytest.approx(sum(accuracies) / 200, abs=1e-12) and 0 < result["score"] < 1
     for kind in "xyz":
-        some = [value for value, truth in zip(worth, truths) if truth["answer_type"] == kind]
-        assert found["parts"][kind] == pytest.approx(sum(some) / len(some), abs=1e-12)
+        of_kind = [accuracy for accuracy, truth in zip(accuracies, truths) if truth["answer_type"] == kind]
+        assert result["parts"][kind] == pytest.approx(sum(of_kind) / len(of_kind), abs=1e-12)
 
 
 def test_200_of_pope(tmp_path):
     rng = random.Random(2)
     lines = [POPE[0] | {"question_id": n, "label": rng.choice(["yes", "no"])} for n in range(200)]
-    said = [rng.choice(["Yes.", "No", "no, none", "It is not", "Sure"]) for _ in lines]
+    answers = [rng.choice(["Yes.", "No", "no, none", "It is not", "Sure"]) for _ in lines]
     items = read("pope", *paths(tmp_path, "pope", "\n".join(map(json.dumps, lines))))
-    yes = [answer in ("Yes.", "Sure") for answer in said]
-    both = sum(a and line["label"] == "yes" for a, line in zip(yes, lines))
-    only = sum(a != (line["label"] == "yes") for a, line in zip(yes, lines))
-    found = score("pope", items, said)
-    assert found["score"] == pytest.approx(2 * both / (2 * both + only), abs=1e-12)       # F1 = 2 TP / (2 TP + FP + FN)
-    assert found["parts"]["accuracy"] == 1 - only / 200 and found["parts"]["yes"] == sum(yes) / 200
+    yes = [answer in ("Yes.", "Sure") for answer in answers]
+    true_positives = sum(a and line["label"] == "yes" for a, line in zip(yes, lines))
+    errors = sum(a != (line["label"] == "yes") for a, line in zip(yes, lines))
+    result = score("pope", items, answers)
+    assert result["score"] == pytest.approx(2 * true_positives / (2 * true_positives + errors), abs=1e-12)
+    assert result["parts"]["accuracy"] == 1 - errors / 200 and result["parts"]["yes"] == sum(yes) / 200
 
 
 def test_200_of_mmbench(tmp_path):
-    """Answers by text, so that it does not matter where the choices have been turned to"""
-    rng, things = random.Random(3), ["cat", "dog", "cow", "hen"]
-    rows = [MMBENCH[0] | dict(zip("ABCD", things)) | {"index": n, "D": rng.choice(["", "hen"]),
+    """The answers follow the choices' texts, wherever a rotation puts them"""
+    rng = random.Random(3)
+    rows = [MMBENCH[0] | dict(zip("ABCD", ["cat", "dog", "cow", "hen"])) | {"index": n, "D": rng.choice(["", "hen"]),
                                                       "category": rng.choice("pq"), "answer": rng.choice("ABC")}
             for n in range(200)]
     items = read("mmbench", *paths(tmp_path, "mmbench", tsv(rows)))
     assert len(items) == sum(4 if row["D"] else 3 for row in rows)
-    right, missed, said = [True] * 200, 0, []
+    right, unparsed, answers = [True] * 200, 0, []
     for item in items:
         text = rows[item["group"]][rows[item["group"]]["answer"]]
-        letter = next(letter for letter, shown in item["choices"].items() if shown == text)
+        letter = next(letter for letter, choice in item["choices"].items() if choice == text)
         good, bad = [letter, f"({letter}) {text}", f"It is a {text}."], ["none of them", "F"]
-        said.append(rng.choice(good * 8 + bad))
-        missed += said[-1] in bad
-        right[item["group"]] &= said[-1] in good
-    found = score("mmbench", items, said)
-    assert found["score"] == sum(right) / 200 and 0 < found["score"] < 1 and found["unparsed"] == missed
+        answers.append(rng.choice(good * 8 + bad))
+        unparsed += answers[-1] in bad
+        right[item["group"]] &= answers[-1] in good
+    result = score("mmbench", items, answers)
+    assert result["score"] == sum(right) / 200 and 0 < result["score"] < 1 and result["unparsed"] == unparsed
     for kind in "pq":
-        some = [hit for hit, row in zip(right, rows) if row["category"] == kind]
-        assert found["parts"][kind] == sum(some) / len(some)
+        of_kind = [hit for hit, row in zip(right, rows) if row["category"] == kind]
+        assert result["parts"][kind] == sum(of_kind) / len(of_kind)
 
 
-# ---------------------------------------------------------------- what is wrong with a file
+# ---------------------------------------------------------------- malformed files
 
 MALFORMED = [
     ("vqav2", "{", "not valid JSON"), ("vqav2", {"question": []}, "list under 'questions'"),
@@ -290,8 +291,8 @@ MALFORMED = [
     ("vizwiz", [{"image": "VizWiz_val_00000000.jpg", "question": "?", "answers": []}], "entry 1: expected"),
     ("textvqa", {"data": [{"image_id": "0f", "question": "?", "answers": [3]}]}, "entry 1: expected"),
     ("scienceqa", {"5": SCIENCE["5"] | {"answer": 2}}, "entry 5: expected question, choices, answer"),
-    ("nocaps", NOCAPS | {"annotations": NOCAPS["annotations"][:1]}, "entry 2: expected id, file_name"),
-    ("flickr30k", {"images": [KARPATHY["images"][0] | {"sentences": [{}]}]}, "entry 1: expected filename"),
+    ("nocaps", NOCAPS | {"annotations": NOCAPS["annotations"][:1]}, "entry 2: expected image, caption"),
+    ("flickr30k", {"images": [KARPATHY["images"][0] | {"sentences": [{}]}]}, "entry 1: expected image, caption"),
     ("coco", [{"image": "a.jpg", "caption": None}], "entry 1: expected image, caption"),
     ("pope", json.dumps(POPE[0]) + "\n{", "line 2: expected question_id"),
     ("pope", json.dumps(POPE[0] | {"label": "maybe"}), "line 1: expected question_id"),
@@ -305,11 +306,11 @@ MALFORMED = [
     ("mmvp", MMVP.replace("(b)\n", "(c)\n"), "line 3: expected Question, Options")]
 
 
-@pytest.mark.parametrize("task, value, said", MALFORMED)
-def test_malformed(tmp_path, task, value, said):
+@pytest.mark.parametrize("task, value, message", MALFORMED)
+def test_malformed(tmp_path, task, value, message):
     with pytest.raises(UserError) as error:
         read(task, *paths(tmp_path, task, value))
-    assert said in str(error.value) and str(tmp_path) in str(error.value)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_malformed_mme(tmp_path):
@@ -332,9 +333,15 @@ def test_missing_pictures(tmp_path, task):
 def test_missing_and_binary_files(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for task in FILES:
-        for name, said in (("nowhere", "nowhere: "), ("binary", "binary: ")):
-            with pytest.raises(UserError, match=said):
+        for name in ("nowhere", "binary"):
+            with pytest.raises(UserError, match=f"{name}: "):
                 read(task, tmp_path, tmp_path / name)
+
+
+def test_too_many_files(tmp_path):
+    for task, count in (("gqa", 2), ("vqav2", 3)):
+        with pytest.raises(UserError, match=f"expected at most {count - 1} .* found {count}"):
+            read(task, tmp_path, *[tmp_path] * count)
 
 
 def leaves(value, path=()):
@@ -345,15 +352,15 @@ def leaves(value, path=()):
 
 @pytest.mark.parametrize("task", [task for task, value in FILES.items() if not isinstance(value, str)])
 def test_no_traceback(tmp_path, task):
-    """Every value of a file replaced by something else, or gone: items come out of it, or one sentence"""
+    """Every value of a file replaced by something else, or deleted: the reader gives items or a UserError"""
     images, file, *rest = paths(tmp_path, task)
     for path in list(leaves(FILES[task]))[1:]:
-        for wrong in (None, 5, "x", [], {}, [[]], "gone"):
+        for wrong in (None, 5, "x", [], {}, [[]], "deleted"):
             value = copy.deepcopy(FILES[task])
             inner = value
             for key in path[:-1]:
                 inner = inner[key]
-            if wrong == "gone":
+            if wrong == "deleted":
                 del inner[path[-1]]
             else:
                 inner[path[-1]] = wrong
@@ -366,4 +373,4 @@ def test_no_traceback(tmp_path, task):
 
 
 def test_all_of_table_5():
-    assert set(benchmarks.TASKS) - {"exact", "statements"} == {*FILES, "mme"}      # those are the toy world's
+    assert set(TASKS) - {"exact", "statements"} == {*FILES, "mme"}      # the toy world's two

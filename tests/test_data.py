@@ -10,9 +10,19 @@ import pytest
 import tiny
 from PIL import Image
 
-from data import Batches, Order, Recipe, Samples, expand, list_shard, open_source, open_sources
+from common.weights import UserError
+from data import (
+    BadSample,
+    RankBatchSampler,
+    SampleBuilder,
+    SampleDataset,
+    SampleOrder,
+    expand_patterns,
+    list_shard,
+    open_source,
+    open_sources,
+)
 from text import Text
-from weights import UserError
 
 
 @pytest.mark.parametrize("then", [1, 4])
@@ -24,13 +34,13 @@ def test_another_number_of_processes_goes_on_without_loss(tmp_path, then):
         path.write_text(json.dumps([{"image": f"{n}-{i}.png", "caption": ["a cat"]} for i in range(entries)]))
         sources.append(open_source(path, tmp_path))
     seen, state = Counter(), None
-    for world, batches in ((2, 5), (then, 100)):
-        ranks = [Batches(Order(sources, seed=3, state=state), 8, 1, rank, world) for rank in range(world)]
-        streams = [iter(rank) for rank in ranks]
+    for size, batches in ((2, 5), (then, 100)):
+        ranks = [RankBatchSampler(SampleOrder(sources, seed=3, state=state), 8, 1, rank, size) for rank in range(size)]
+        samplers = [iter(rank) for rank in ranks]
         for _ in range(batches):
-            for stream in streams:
-                for _ in range(8 // world):
-                    (epoch, place), = next(stream)
+            for sampler in samplers:
+                for _ in range(8 // size):
+                    (epoch, place), = next(sampler)
                     seen[epoch, place] += 1
         state = ranks[0].state_after(batches)
         assert all(rank.state_after(batches) == state for rank in ranks)
@@ -52,16 +62,15 @@ def bomb():
     return bytes(png)
 
 
-def what_is_read(source, folder):
-    """-> {name: cause, or None where it is fine}"""
+def causes(source, folder):
+    """-> {name: cause, or None where the sample is fine}"""
     text = Text(tiny.spm(folder))
     config = tiny.config(vocab_size=text.vocab_size, max_position_embeddings=800)
-    samples = Samples([source], Recipe(text, config, 32, 800))
-    found = {}
-    for place in list_shard([source], (0, 0)):
-        one = samples[0, place]
-        found[one["name"] if isinstance(one, dict) else one.name] = None if isinstance(one, dict) else one.cause
-    return found
+    dataset = SampleDataset([source], SampleBuilder(text, config, 32, 800))
+    samples = [dataset[0, place] for place in list_shard([source], (0, 0))]
+    bad = [sample.args for sample in samples if isinstance(sample, BadSample)]
+    assert [tuple(pair) for pair in dataset.collate(samples).listed] == bad
+    return dict.fromkeys(s["name"] for s in samples if isinstance(s, dict)) | {name: cause for cause, name in bad}
 
 
 def test_what_can_be_wrong_in_a_shard(tmp_path):
@@ -76,11 +85,11 @@ def test_what_can_be_wrong_in_a_shard(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     expected = {"0": None, "1": "bad_image", "2": "no_image", "3": "bad_json", "4": "no_caption", "5": "bad_image",
                 "6": None}
-    assert what_is_read(open_source(path), tmp_path) == expected | {"7": None}
+    assert causes(open_source(path), tmp_path) == expected | {"7": None}
     with tarfile.open(path) as tar:
         at = tar.getmember("7.jpg").offset_data
     path.write_bytes(path.read_bytes()[:at + 100])        # in the middle of a picture
-    found = what_is_read(open_source(path), tmp_path)
+    found = causes(open_source(path), tmp_path)
     assert found.pop(f"{path} (cut off)") == "cut_tar" and found.pop("7") in ("bad_image", "no_caption")
     assert found == expected
 
@@ -95,7 +104,7 @@ def test_a_damaged_shard_is_read_up_to_the_damage(tmp_path, harm):
                 member = tarfile.TarInfo(f"{number}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    assert what_is_read(open_source(path), tmp_path) == dict.fromkeys("012345")
+    assert causes(open_source(path), tmp_path) == dict.fromkeys("012345")
     with tarfile.open(path) as tar:
         at = tar.getmember("3.jpg").offset
     content = bytearray(path.read_bytes())
@@ -103,7 +112,7 @@ def test_a_damaged_shard_is_read_up_to_the_damage(tmp_path, harm):
     content[begin:end] = (b"\0" if harm == "zeros" else b"\xff") * (end - begin)
     path.write_bytes(content[:{"in a header": at + 200, "between members": at, "empty": 0}.get(harm, len(content))])
     read = "" if harm in ("first header", "empty") else "012"
-    assert what_is_read(open_source(path), tmp_path) == dict.fromkeys(read) | {f"{path} (cut off)": "cut_tar"}
+    assert causes(open_source(path), tmp_path) == dict.fromkeys(read) | {f"{path} (cut off)": "cut_tar"}
 
 
 def test_names_in_braces(tmp_path):
@@ -111,11 +120,11 @@ def test_names_in_braces(tmp_path):
         (tmp_path / folder).mkdir()
         for number in range(8, 11):
             (tmp_path / folder / f"{number:02d}.tar").write_bytes(b"")
-    found = expand([str(tmp_path / "{0..1}/{08..10}.tar@2")])
+    found = expand_patterns([str(tmp_path / "{0..1}/{08..10}.tar@2")])
     assert [name[-8:] for name in found] == [f"/{f}/{n:02d}.tar" [-8:] for f in "01" for n in (8, 9, 10)] * 2
-    assert len(expand([str(tmp_path / "{0..1}/*.tar")])) == 6
+    assert len(expand_patterns([str(tmp_path / "{0..1}/*.tar")])) == 6
     with pytest.raises(UserError, match="1 of 4 files are missing, first .*2/.*tar"):
-        expand([str(tmp_path / "{1..2}/*.tar")])
+        expand_patterns([str(tmp_path / "{1..2}/*.tar")])
 
 
 def test_pictures_alone_of_chats(tmp_path):
@@ -141,9 +150,20 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
         "odd": {"image": "a.jpg", "conversations": [{"from": "human"}, talk[1]]}, "bare": {"image": "a.jpg"}}
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([{"id": name, **entry} for name, entry in entries.items()]))
-    found = what_is_read(open_source(path, tmp_path), tmp_path)
+    found = causes(open_source(path, tmp_path), tmp_path)
     assert found.pop(f"gone: {tmp_path / 'c.jpg'}") == "no_image"
     assert {name: cause for name, cause in found.items() if name in entries} == {
         "fine": None, "text": None, "broken": "bad_image", "outside": "path_outside",
         "silent": "no_label", "unanswered": "image_marks", "turned": "roles", "unmarked": "image_marks"}
     assert sorted(cause for name, cause in found.items() if name not in entries) == ["bad_entry"] * 3
+
+
+def test_an_answer_behind_the_longest_sequence(tmp_path):
+    """A sample whose targets are all cut off is bad"""
+    text = Text(tiny.spm(tmp_path))
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"id": n, "conversations": [
+        {"from": "human", "value": "red " * n}, {"from": "gpt", "value": "blue"}]} for n in (1, 500)]))
+    builder = SampleBuilder(text, tiny.config(vocab_size=text.vocab_size, max_position_embeddings=300), 32, 800)
+    dataset = SampleDataset([open_source(path)], builder)
+    assert dataset[0, (0, 0)]["name"] == "1" and dataset[0, (0, 1)].args == ("no_label", "500")

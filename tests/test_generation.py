@@ -3,13 +3,11 @@ import pytest
 import tiny
 import torch
 
-import generation
-import model as model_file
-import products
-from generation import Cache, Sampler, generate
-from model import Libra
+from common.sampling import Sampler
+from common.weights import UserError
+from generate import ask, forward, generate, new_caches, place_in_image, prefill
+from llama import KVCache
 from streams import IMAGE, TEXT, Streams
-from weights import UserError
 
 
 def stack(tokens):
@@ -26,12 +24,12 @@ def uncached(model, prompt, signal, steps):
     c, ids, logits = model.config, prompt, []
     given = len(prompt)
     for _ in range(steps):
-        streams = Streams.of([ids], c)
+        streams = Streams.from_ids([ids], c)
         rows = ids[:, 0] >= c.vocab_size
         full = torch.zeros(int(rows.sum()), c.contiguous_signal_size)
         if signal is not None:
             full[:int((prompt[:, 0] >= c.vocab_size).sum())] = signal
-        hidden = streams.join(model.hidden(streams, full))[0, -1]
+        hidden = streams.merge(*model.hidden(streams, full))[0, -1]
         boi = (ids[:, 0] == c.vocab_size + c.codes).nonzero()
         inside = len(ids) - 1 - int(boi[-1]) if len(boi) else None
         if inside is None or inside > c.image_tokens - 1:
@@ -67,18 +65,24 @@ def test_cached_is_uncached(kind, ending):
         expected, logits = uncached(model, prompt, signal, steps)
         ours = stack(generate(model, [prompt], signal, steps))[0]
         assert torch.equal(ours, expected)
-        caches, seen = [], []
-        step = model.step
-        model.step = lambda streams, cache: (caches.append(cache), seen.append(step(streams, cache)))[1] or seen[-1]
-        list(generate(model, [prompt], signal, steps))
-        model.step = step
-        for hidden, row in zip(seen, logits[1:]):
-            if row is not None and row.dim() == 1:
-                assert (model.lm_head(hidden[0]) - row).abs().max() < 1e-4
-            elif row is not None:
-                assert (torch.stack([head(hidden[0]) for head in model.vision_lm_head.heads]) - row).abs().max() < 1e-4
-    views = set(caches[0].keys)
-    assert views == ({TEXT} if ending in ("text", "closed") or not c.use_bridge else {TEXT, IMAGE})
+        for step, row in enumerate(logits[1:], 1):        # the cached logits, from the tokens so far
+            if row is not None:
+                hidden = last_hidden(model, prompt, ours[:step], signal)
+                heads = [model.lm_head] if row.dim() == 1 else model.vision_lm_head.heads
+                assert (torch.stack([head(hidden) for head in heads]) - row).abs().max() < 1e-4
+
+
+def last_hidden(model, prompt, new, signal):
+    """Through the cache: prompt first, then the tokens one by one -> the last one's hidden state (D,)"""
+    c = model.config
+    views = [TEXT, IMAGE] if c.use_bridge else [TEXT]
+    caches = {view: KVCache(c, 1, len(prompt) + len(new), model.lm_head.weight) for view in views}
+    prefill(model, Streams.from_ids([prompt], c), signal, caches)
+    for token in new:
+        hidden = forward(model, Streams.from_ids([token[None]], c), None, caches)[:, 0]
+        for cache in caches.values():
+            cache.advance([1])
+    return hidden[0]
 
 
 def test_only_codes_inside_an_image_then_eoi_then_newline():
@@ -142,8 +146,8 @@ def test_recorded_steps_say_the_same(monkeypatch):
         out = f().clone()
         recordings.append(out)
         return lambda: out.copy_(f())
-    monkeypatch.setattr("generation.RECORD_AFTER", {"cpu": 2})
-    monkeypatch.setattr("generation.recorded", recorded)
+    monkeypatch.setattr("common.sampling.CAPTURE_AFTER", {"cpu": 2})
+    monkeypatch.setattr("common.sampling.capture_cuda_graph", recorded)
     assert torch.equal(stack(generate(model, prompts, signal, 12)), plain) and len(recordings) == 2
     alone = stack(generate(model, prompts[:1], None, 12))
     assert torch.equal(alone[0], plain[0]) and len(recordings) == 3
@@ -163,10 +167,13 @@ def test_stop_and_room():
 
 
 def test_the_text_cache_is_a_llamas():
-    c = tiny.config(num_key_value_heads=2)
-    cache = Cache(c, 3, 50, [TEXT], torch.zeros(()))
-    numbers = sum(t.numel() for buffers in (cache.keys, cache.values) for view in buffers.values() for t in view)
-    assert numbers == 2 * c.num_hidden_layers * 3 * 2 * 50 * c.head_dim
+    """Text behind an image needs one view of the keys; a drawing with text behind it needs two."""
+    c, g = tiny.config(num_key_value_heads=2), torch.Generator().manual_seed(0)
+    for tail, caches in (([], 1), (tiny.image_ids(c, 0), 2)):
+        prompt = torch.cat([tiny.interleaved(c, 1, g), *([tail] if len(tail) else [])])
+        made = new_caches(c, [prompt] * 3, [place_in_image(prompt, c)] * 3, 20, torch.zeros(()))
+        numbers = sum(t.numel() for cache in made.values() for t in (*cache.keys, *cache.values))
+        assert numbers == caches * 2 * c.num_hidden_layers * 3 * 2 * (len(prompt) + 20) * c.head_dim
 
 
 def test_sampling_follows_the_distribution():
@@ -191,11 +198,12 @@ def test_ask(tmp_path):
     model = tiny.whole(tmp_path)
     picture = Image.new("RGB", (40, 30), "red")
     picture.save(tmp_path / "red.png")
-    answer = model.ask(str(tmp_path / "red.png"), "What is it?", max_new_tokens=8)
-    assert isinstance(answer, str) and answer == model.ask([picture], "What is it?", max_new_tokens=8)
-    assert model.ask([picture, picture], "And these?", 8) is not None and model.ask(None, "No picture?", 8) is not None
+    answer = ask(model, str(tmp_path / "red.png"), "What is it?", max_new_tokens=8)
+    assert isinstance(answer, str) and answer == ask(model, [picture], "What is it?", max_new_tokens=8)
+    assert ask(model, [picture, picture], "And these?", 8) is not None
+    assert ask(model, None, "No picture?", 8) is not None
     with pytest.raises(UserError, match=r"gone\.png: no such file"):
-        model.ask("gone.png", "What?")
+        ask(model, "gone.png", "What?")
 
 
 def test_impossible_prompts_are_refused():
@@ -205,7 +213,7 @@ def test_impossible_prompts_are_refused():
     start = tiny.text_ids(c, 2, g)
     for bad, message in ((torch.cat([start, image, image[1:3]]), "tokens behind BOI"),
                          (torch.cat([start, image[1:3]]), "without a BOI"),
-                         (torch.cat([start, image[:2], image[-1:]]), "whole it is 4 codes and EOI"),
+                         (torch.cat([start, image[:2], image[-1:]]), "a whole one has 4 codes and EOI"),
                          (torch.cat([tiny.text_ids(c, 124, g), image[:1]]), "too little room")):
         with pytest.raises(UserError, match=message):
             list(generate(model, [bad], None, 5))
@@ -215,50 +223,14 @@ def test_impossible_prompts_are_refused():
     assert len(list(generate(model, [torch.cat([tiny.text_ids(c, 123, g), image[:1]])], None, 50))) == 4
 
 
-@pytest.mark.parametrize("lengths", [(5, 5), (3, 6)])
-@pytest.mark.parametrize("changes", [{}, {"use_bridge": False}, {"num_key_value_heads": 2, "use_expert": False},
-                                     {"hidden_size": 512, "intermediate_size": 512}])
-def test_writing_in_one_line_is_a_step_of_the_model(changes, lengths, monkeypatch):
-    """Rows that all write text take the short way, with weights side by side and not, unless somebody looks on"""
-    spread = 0.3 if "hidden_size" not in changes else 0.03
-    model, g = tiny.libra(spread=spread, **changes).eval(), torch.Generator().manual_seed(15)
-    prompts = [torch.cat([tiny.image_ids(model.config, generator=g), tiny.text_ids(model.config, n, g)])
-               for n in lengths]
-    signal, hidden, short = tiny.signals(model.config, prompts, g), [], []
-    monkeypatch.setattr(products, "fastest", lambda n, dtype: products.columns_by_blocks)
-    monkeypatch.setattr(model_file, "write", lambda *given: short.append(len(hidden)) or generation.write(*given))
-    monkeypatch.setattr(model, "step", lambda *given: hidden.append(Libra.step(model, *given)) or hidden[-1])
-
-    def run(part=None):
-        hook = part and part.register_forward_hook(lambda *given: None)
-        hidden.clear(), short.clear()
-        ids = stack(generate(model, prompts, signal, 8))
-        if hook:
-            hook.remove()
-        return ids, torch.stack(hidden), len(short)
-    monkeypatch.setattr(model, "lay", lambda: None)
-    apart = run()
-    monkeypatch.delattr(model, "lay")
-    whole, laid = run(model.model.layers[1].mlp), run()
-    assert (apart[2], whole[2], laid[2]) == (7, 0, 7)
-    for ids, states, _ in (apart, laid):
-        assert torch.equal(ids, whole[0])
-        torch.testing.assert_close(states, whole[1], rtol=1e-5, atol=1e-5)
-    looked = []
-    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *given: looked.append(1))
-    assert torch.equal(run()[0], whole[0]) and len(looked) > 7
-    model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda *given: looked.append(2))
-    assert torch.equal(run()[0], whole[0]) and looked.count(2) > 7
-
-
-def test_looking_inside_does_not_change_what_is_said():
-    """The plain form, which records attention maps, serves cached steps and rows of different lengths too"""
+def test_recording_attention_maps_does_not_change_the_answer():
+    """The plain form, which records attention maps, serves prompts of different lengths too."""
     model, g = tiny.libra(num_key_value_heads=2), torch.Generator().manual_seed(14)
     prompts = prompts_of(model.config, g)
     signal = torch.cat([tiny.signals(model.config, [prompt], g) for prompt in prompts])
     expected = stack(generate(model, prompts, signal, 10))
     for block in model.model.layers:
-        block.self_attn.record = []
+        block.self_attn.recorded_maps = []
     assert torch.equal(stack(generate(model, prompts, signal, 10)), expected)
-    maps = model.model.layers[0].self_attn.record
-    assert len(maps) == 10 and all(torch.allclose(m.sum(-1), torch.ones(())) for m in maps[1:])
+    maps, = model.model.layers[0].self_attn.recorded_maps
+    assert maps.shape[:2] == (len(prompts), 4) and torch.allclose(maps.sum(-1), torch.ones(()))

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import LibraConfig
-from generate import attention_difference
-from generation import generate
-from model import Libra
+from common.attention_maps import attention_difference
+from generate import generate
+from model import Libra, LibraConfig
 from streams import Streams
 from text import IMG, Text
 from tokenizer import LFQ, ClipViT, Decoder, ImageTokenizer, ImageTokenizerConfig, to_rgb
@@ -68,11 +68,11 @@ def case_llm(folder, report):
 def compare_forward(model, config, io, folder, report):
     ids = io["input_ids"].permute(1, 2, 0)                                                    # (B, L, K)
     mask = io.get("attention_mask", torch.ones(ids.shape[:2])).bool()
-    counted = (io["labels"][0] != -100) if "labels" in io else None
-    if counted is not None:
+    loss_mask = (io["labels"][0] != -100) if "labels" in io else None
+    if loss_mask is not None:
         for k in range(len(io["labels"])):
-            assert (io["labels"][k][counted] == io["input_ids"][k][counted]).all(), "labels are not the ids"
-    streams = Streams.of(ids, config, mask, counted)
+            assert (io["labels"][k][loss_mask] == io["input_ids"][k][loss_mask]).all(), "labels are not the ids"
+    streams = Streams.from_ids(ids, config, mask, loss_mask)
     signal = signal_of(io, "", ids, mask, config)
 
     def padded(joined):                                   # (B, l, W), packed rows -> (n, W), real tokens in order
@@ -120,16 +120,16 @@ def signal_of(io, prefix, ids, mask, config):
 def look_inside(model, streams, signal):
     """-> hidden states (the embeddings, then behind each layer; the last behind the final norm), attention maps"""
     states, maps = [], []
-    hooks = [block.register_forward_pre_hook(lambda _, args: states.append(streams.join(args[0])))
+    hooks = [block.register_forward_pre_hook(lambda _, args: states.append(streams.merge(*args[0])))
              for block in model.model.layers]
     for block in model.model.layers:
-        block.self_attn.record = maps
-    plain = streams.join(model.hidden(streams, signal))
+        block.self_attn.recorded_maps = maps
+    plain = streams.merge(*model.hidden(streams, signal))
     for block in model.model.layers:
-        block.self_attn.record = None
+        block.self_attn.recorded_maps = None
     for hook in hooks:
         hook.remove()
-    fast = streams.join(model.hidden(streams, signal))
+    fast = streams.merge(*model.hidden(streams, signal))
     for b, n in enumerate(streams.lengths):               # what stands at padding is no output
         assert (plain - fast)[b, :n].abs().max() < ABSOLUTE
     return states + [fast], maps
@@ -163,7 +163,7 @@ def compare_generation(model, io, prefix, report):
         return
     # Logits of each step: from one uncached pass over prompt and answer, so that the cache is checked against it too.
     whole = [torch.cat([prompt, new]) for prompt, new in zip(prompts, theirs)]
-    streams = Streams.of(whole, config)
+    streams = Streams.from_ids(whole, config)
     if signal is not None:                                # what was generated has none
         image = [ids[:, 0] >= config.vocab_size for ids in whole]
         full = [torch.zeros(len(row), config.contiguous_signal_size) for row in whole]
@@ -172,7 +172,7 @@ def compare_generation(model, io, prefix, report):
             row[:len(prompt)][prompt[:, 0] >= config.vocab_size] = part
         signal = torch.cat([row[i] for row, i in zip(full, image)])
     with torch.no_grad():
-        hidden = streams.join(model.hidden(streams, signal))
+        hidden = streams.merge(*model.hidden(streams, signal))
         for step, logits in enumerate(io[f"{prefix}.step_logits"]):                           # (K, B, V + N + 2)
             for b, prompt in enumerate(prompts):
                 h, last = hidden[b, len(prompt) + step - 1], whole[b][len(prompt) + step - 1, 0]
@@ -224,7 +224,7 @@ def decoder_arguments(c):
 @torch.no_grad()
 def case_decoder(folder, report):
     c, io = json.loads((folder / "config.json").read_text()), tensors(folder / "io.safetensors")
-    decoder = Decoder(**decoder_arguments(c), heads=c["num_attn_head"])
+    decoder = Decoder(SimpleNamespace(**decoder_arguments(c), num_attn_heads=c["num_attn_head"]))
     decoder.load_state_dict(tensors(folder / "model.safetensors"))
     seen = {}
     for name, module in (("conv_in", decoder.conv_in), ("mid_block_1", decoder.mid.block_1),
@@ -320,11 +320,11 @@ def case_tokenizer(folder, report):
     text = Text(folder / "tokenizer.model")
     spec = json.loads((folder / "cases.json").read_text())
     for number, case in enumerate(spec["cases"]):
-        ids, counted = encode_case(text, case, spec["system"])
+        ids, loss_mask = encode_case(text, case, spec["system"])
         theirs = [IMG if token == "image" else token for token in case["ids"]]
         wrong = int(ids != theirs)
         if "counted" in case:
-            spelled = [label for token, mark in zip(ids, counted)
+            spelled = [label for token, mark in zip(ids, loss_mask)
                        for label in ([0] + [mark] * (spec["image_tokens"] - 1) if token == IMG else [mark])]
             wrong += int(spelled != case["counted"])
         report.append((f"{number}.{case['kind']}", float(wrong), 0))

@@ -1,4 +1,4 @@
-"""What a long run must survive: kills, signals, dead processes, full disks, bad samples; and it goes on bit for bit."""
+"""A long run survives kills, signals, dead processes, full disks and bad samples, and resumes bit for bit."""
 import json
 import os
 import random
@@ -13,30 +13,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import TOKENIZER, Fork, begin, log, run
+from scripts import TOKENIZER, Fork, log, run, start
 
-import engine
-from checkpoints import Checkpoints
+from training import engine
+from training.checkpoints import Checkpoints
 
-ALONE = engine.World(0, 1, torch.device("cpu"), torch.float32)
+ALONE = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
 ARGS = SimpleNamespace(keep=2, engine="ddp", batch=8, micro_batch=8)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_run(pretrain, tmp_path):
-    job = begin("pretrain.py", *pretrain, "--steps 100000 --timeout 1 --out", tmp_path, processes=2)
+    job = start("pretrain.py", *pretrain, "--steps 100000 --timeout 1 --out", tmp_path, processes=2)
     while not (tmp_path / "log.jsonl").exists():
         time.sleep(0.1)
         assert job.poll() is None, job.stdout.read()
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    said, _ = job.communicate(timeout=90)
-    assert job.returncode != 0 and "SIGKILL" in said
+    output, _ = job.communicate(timeout=90)
+    assert job.returncode != 0 and "SIGKILL" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_being_asked_to_end_ends_with_a_checkpoint(pretrain, tmp_path, processes, number):
-    job = begin("pretrain.py", *pretrain, "--steps 100000 --save-every 1000 --out", tmp_path, processes=processes)
+def test_a_signal_ends_the_run_with_a_checkpoint(pretrain, tmp_path, processes, number):
+    job = start("pretrain.py", *pretrain, "--steps 100000 --save-every 1000 --out", tmp_path, processes=processes)
     while not (tmp_path / "log.jsonl").exists():
         time.sleep(0.1)
         assert job.poll() is None, job.stdout.read()
@@ -44,33 +46,34 @@ def test_being_asked_to_end_ends_with_a_checkpoint(pretrain, tmp_path, processes
         os.killpg(job.pid, number)
     else:                                                 # Slurm's tells torchrun, torchrun its processes
         job.send_signal(number)
-    said, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=60)
     step = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"stopped after step {step}" in said and (tmp_path / f"checkpoint-{step:06d}/done.json").is_file()
-    assert "Traceback" not in said or processes == 2      # torchrun's own
+    assert f"stopped after step {step}" in output and (tmp_path / f"checkpoint-{step:06d}/done.json").is_file()
+    assert "Traceback" not in output or processes == 2      # torchrun's own
     assert processes == 2 or job.returncode == 0          # torchrun itself reports that it was told to end
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_more_than_since_the_last_checkpoint(pretrain, tmp_path):
-    """Twenty kills at random moments, a save after every step: the newest complete checkpoint always goes on, the steps
-    never go back beyond it, and the end equals that of a run that nobody disturbed."""
-    pretrain = [*pretrain, "--warmup 1000 --lr 0.1"]      # a rate that does not know how many steps there will be
+    """Twenty kills at random moments of a run that saves every step: it always resumes from the newest complete
+    checkpoint, and ends with the weights of an undisturbed run."""
+    pretrain = [*pretrain, "--warmup 1000 --lr 0.1"]      # still warming up: the rate does not depend on --steps
     words = [*pretrain, "--steps 400 --save-every 1"]
-    dice, reached, drafts = random.Random(0), 0, 0
+    rng, reached, drafts = random.Random(0), 0, 0
     for kill in range(20):
         job = Fork("pretrain.py", *words, "--resume --out", tmp_path / "killed")
         before = len(lines(tmp_path / "killed"))
         while len(lines(tmp_path / "killed")) < before + 1 and job.process.is_alive():
             time.sleep(0.01)
-        time.sleep(dice.random() * 0.8)
+        time.sleep(rng.random() * 0.8)
         job.process.kill()
         job.process.join()
-        said = job.said()
-        assert job.process.exitcode == -signal.SIGKILL, said                                  # it was at work
+        output = job.output()
+        assert job.process.exitcode == -signal.SIGKILL, output                                  # it was running
         drafts += bool(list((tmp_path / "killed").glob("*.tmp")))
         complete = Checkpoints(tmp_path / "killed", ARGS, ALONE).complete()
         step = int(complete[0].name[-6:]) if complete else 0
-        assert step >= reached, f"kill {kill}: {said}"
+        assert step >= reached, f"kill {kill}: {output}"
         reached = step
     assert drafts                                         # some were in the middle of a save
     words = [*pretrain, f"--steps {reached + 3}"]
@@ -115,7 +118,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    """By step, not by name; the one that was moved aside to be written again counts until the new one is there"""
+    """By step, not by name; one that was moved aside (.old) counts until its successor is complete"""
     for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-000500.old", "checkpoint-000500.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "done.json").write_text('{"files": {}}')
@@ -124,7 +127,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
-    """--keep 1 after going on from an older one: the only whole checkpoint stays though a damaged one is newer"""
+    """--keep 1 after resuming from an older one: the only complete checkpoint stays although a damaged one is newer"""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoints = Checkpoints(tmp_path, SimpleNamespace(**vars(ARGS) | {"keep": 1}), ALONE)
@@ -136,8 +139,8 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     assert checkpoints.resume(True, [model], [optimizer])[0] == 4
 
 
-def test_random_states_come_back(tmp_path):
-    """What python, numpy and torch draw behind a save, they draw again behind a load"""
+def test_random_states_are_restored(tmp_path):
+    """What python, numpy and torch draw after a save, they draw again after a load"""
     def draw():
         return random.random(), np.random.random(), torch.rand(()).item()
     model = torch.nn.Linear(3, 3)
@@ -150,21 +153,21 @@ def test_random_states_come_back(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_path):
-    """Weights blown up by the first update: the second's loss is no number. What was saved is what it met."""
-    said = run("pretrain.py", *pretrain, "--lr 1e38 --warmup 1 --out", tmp_path, ok=False)
-    assert "step 2: loss or gradient is not finite; saved before the update" in said
-    names = said.split("In the batch: ")[1].split()
+    """The first update blows up the weights, so the second's loss is not finite."""
+    output = run("pretrain.py", *pretrain, "--lr 1e38 --warmup 1 --out", tmp_path, ok=False)
+    assert "step 2: loss or gradient is not finite; saved before the update" in output
+    names = output.split("In the batch: ")[1].split()
     assert len(names) == 6 and len(log(tmp_path)) == 1
     done = json.loads((tmp_path / "checkpoint-000001/done.json").read_text())
     assert done["step"] == 1
 
 
 def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):
-    """A loss that is not finite; and a batch of which nothing is usable teaches nothing and ends nothing"""
+    """A loss that is not finite; and batches without a usable sample, which change nothing"""
     words = ["--clip", toy / "clip", TOKENIZER, "--disc-start 0 --steps 3"]
-    said = run("train_tokenizer.py", *words, "--data", toy / "captions/*.tar", "--lr 1e38 --out", tmp_path / "a",
+    output = run("train_tokenizer.py", *words, "--data", toy / "captions/*.tar", "--lr 1e38 --out", tmp_path / "a",
                ok=False)
-    assert "step 2: loss or gradient is not finite" in said and len(said.split("In the batch: ")[1].split()) == 8
+    assert "step 2: loss or gradient is not finite" in output and len(output.split("In the batch: ")[1].split()) == 8
     assert (tmp_path / "a/checkpoint-000001/done.json").is_file()
     entries = [{"image": "gone.png", "caption": ["a cat"]}] * 8
     (tmp_path / "coco.json").write_text(json.dumps(entries))
@@ -172,17 +175,18 @@ def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):
     assert [(line["norm"], line["skipped"]) for line in log(tmp_path / "b")] == [(0, 8), (0, 16), (0, 24)]
 
 
-def test_the_same_run_goes_on_or_says_why_not(pretrain, base, tmp_path):
-    """Another seed or other data: its place in the data means nothing. Another batch or engine: not exact, and said."""
+def test_resume_with_other_options(pretrain, base, tmp_path):
+    """Another seed or other data are refused; another batch or engine is reported as not exact."""
     shutil.copytree(base, tmp_path / "run")
     other = base.parent / "eval"
     for words in (["--seed 5"], ["--data", other / "held_out_captions.json", "--images", other]):
-        said = run("pretrain.py", *pretrain, *words, "--resume --steps 8 --out", tmp_path / "run", ok=False)
-        assert "other files in --data or another --seed" in said
-    said = run("pretrain.py", *pretrain, "--batch 4 --engine zero --resume --steps 8 --out", tmp_path / "run")
-    assert "engine ddp, now zero; batch 6, now 4; passes of 6, now 4: not exact to the bit" in said
+        output = run("pretrain.py", *pretrain, *words, "--resume --steps 8 --out", tmp_path / "run", ok=False)
+        assert "other files in --data or another --seed" in output
+    output = run("pretrain.py", *pretrain, "--batch 4 --engine zero --resume --steps 8 --out", tmp_path / "run")
+    assert "engine ddp, now zero; batch 6, now 4; passes of 6, now 4: not exact to the bit" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
 def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind):
     words = [*pretrain, f"--steps 5 --save-every 3 --micro-batch 1 --engine {kind}"]
@@ -211,11 +215,8 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path
     for entry in entries:
         entry["image"] = "gone.png"
     (tmp_path / "coco.json").write_text(json.dumps(entries))
-    said = run("pretrain.py", *words, "--max-bad 0.5 --out", tmp_path / "bad", ok=False)
-    assert "no_image" in said and "more than --max-bad 0.5" in said
-    said = run("pretrain.py", *words, "--steps 1 --out", tmp_path / "short", ok=False)
-    assert f"6 of 6 samples cannot be used: no_image 6. {tmp_path}/short/bad_samples.jsonl" in said
-    assert f"{toy}/eval/gone.png (no_image)" in said and not (tmp_path / "short/model.safetensors").exists()
-
-
-# ---------------------------------------------------------------- the plan
+    output = run("pretrain.py", *words, "--max-bad 0.5 --out", tmp_path / "bad", ok=False)
+    assert "no_image" in output and "more than --max-bad 0.5" in output
+    output = run("pretrain.py", *words, "--steps 1 --out", tmp_path / "short", ok=False)
+    assert f"6 of 6 samples cannot be used: no_image 6. {tmp_path}/short/bad_samples.jsonl" in output
+    assert f"{toy}/eval/gone.png (no_image)" in output and not (tmp_path / "short/model.safetensors").exists()

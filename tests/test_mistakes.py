@@ -1,4 +1,4 @@
-"""A user's mistakes end in one sentence, before any work is lost: the scripts' own main, with wrong words."""
+"""A user's mistakes end in one sentence, before any work is lost."""
 import argparse
 import io
 import json
@@ -10,23 +10,22 @@ import tiny
 import torch
 from scripts import run
 
-import command
 import data
-import engine
 import evaluate
 import generate
 import pretrain as stage1
 import sft
 import train_tokenizer
-from checkpoints import Checkpoints
-from engine import World
-from generation import generate as continued
-from tokenizer import open_image
-from weights import UserError
+from common import cli as command
+from common.pictures import open_image
+from common.weights import UserError
+from generate import generate as continued
+from training import engine
+from training.checkpoints import Checkpoints
 
 
-def said(main, words, monkeypatch, capsys):
-    """-> what a script prints on its way out"""
+def message_of(main, words, monkeypatch, capsys):
+    """What a script prints when it fails"""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         command.run(main)
@@ -59,16 +58,16 @@ def said(main, words, monkeypatch, capsys):
     (generate.main, "question --out x.png", "--out belongs to"),
     (generate.main, "README.md", "the question is the name of a file"),
     (generate.main, "--batch nowhere.jsonl", "nowhere"),
-    (generate.main, "--batch README.md --out ./README.md", "README.md is read, and would be written over"),
-    (generate.main, "--complete out.png", "out.png is read, and would be written over"),
+    (generate.main, "--batch README.md --out ./README.md", "README.md is read, and would be overwritten"),
+    (generate.main, "--complete out.png", "out.png is read, and would be overwritten"),
     (data.main, "tests", "tests is a folder"),
     (data.main, "{5..2}.tar", "stands for no file")])
-def test_a_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
-    monkeypatch.chdir(tmp_path)                           # with no runs/ of earlier days
+def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
+    monkeypatch.chdir(tmp_path)                           # where no runs/ is
     (tmp_path / "README.md").touch()
     (tmp_path / "tests").mkdir()
     words = words.split() + (["--llm", toy / "llama"] if main is data.main else [])
-    assert sentence in said(main, words, monkeypatch, capsys)
+    assert sentence in message_of(main, words, monkeypatch, capsys)
 
 
 def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, capsys):
@@ -77,30 +76,30 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
             (["--llm", base, "--bridge-rank", "4"], "is a Libra already, made with bridge_rank 8, now 4"),
             (["--plan", "--llm", toy / "llama"], "a picture has 578 tokens")):
         words_here = words if more[0] == "--llm" else []
-        assert sentence in said(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
-    assert "no image_size" in said(
+        assert sentence in message_of(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
+    assert "no image_size" in message_of(
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
-    assert "the answers would be lost" in said(evaluate.main, words, monkeypatch, capsys)
+    assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
     with pytest.raises(UserError, match="Is a directory"):
         open_image(tmp_path)
 
 
-def test_another_length_is_said(tmp_path, capsys):
+def test_another_length_is_reported(tmp_path, capsys):
     args = argparse.Namespace(keep=1, timeout=1, engine="ddp", batch=2, micro_batch=2, max_length=60)
-    checkpoints = Checkpoints(tmp_path, args, World(0, 1, torch.device("cpu"), torch.float32))
+    checkpoints = Checkpoints(tmp_path, args, engine.Dist(0, 1, torch.device("cpu"), torch.float32))
     checkpoints.check("checkpoint-000002", {"max_length": "700"})
     assert "was trained with max_length 700, now 60" in capsys.readouterr().out
 
 
 def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):
     words = " ".join(map(str, pretrain)).split()
-    assert "it would be overwritten" in said(
+    assert "it would be overwritten" in message_of(
         train_tokenizer.main, ["--clip", toy / "clip", "--out", toy / "clip"], monkeypatch, capsys)
-    assert "it would be overwritten" in said(sft.main, ["--model", base, "--out", base], monkeypatch, capsys)
+    assert "it would be overwritten" in message_of(sft.main, ["--model", base, "--out", base], monkeypatch, capsys)
     (tmp_path / "config.json").write_text("{}")
     for more in ([], ["--resume"]):
-        assert "a model that this run would overwrite" in said(
+        assert "a model that this run would overwrite" in message_of(
             stage1.main, [*words, "--out", tmp_path, *more], monkeypatch, capsys)
 
 
@@ -109,7 +108,7 @@ def test_a_run_goes_on_as_what_it_was(toy, pretrain, base):
     for words, sentence in (("--no-bridge", "no_bridge False, now True"), ("--bridge-rank 4", "bridge_rank 8, now 4"),
                             ("--steps 2", "this run has made 6 already")):
         assert sentence in run("pretrain.py", *pretrain, "--resume --out", base, words, ok=False)
-    assert (base / "recipe.json").read_text() == before   # a run that was refused leaves nothing behind
+    assert (base / "recipe.json").read_text() == before   # a refused run writes nothing
 
 
 def test_a_duplicate_key_is_another_sample_and_gzip_is_named(tmp_path):
@@ -137,15 +136,15 @@ def test_captions_that_are_none(value, tmp_path):
 
 def test_swapped_is_another_picture():
     items = [{"image": name} for name in "aaabbc"]
-    shown = [evaluate.another(items, n)["image"] for n in range(6)]
-    assert shown == list("bbbcca")
+    assert evaluate.swapped_images(items) == list("bbbcca")
     with pytest.raises(UserError, match="one picture"):
-        evaluate.another(items[:2], 0)
+        evaluate.swapped_images(items[:2])
 
 
 def test_a_long_neighbour_does_not_cut_an_answer():
     """Rows of a batch end where each would end alone"""
     model = tiny.libra(max_position_embeddings=24)
+    model.lm_head.weight.data[-1] = 0                     # the stop token is never the likeliest
     long, short = tiny.text_ids(model.config, 20), tiny.text_ids(model.config, 5)
     alone = [list(continued(model, [prompt], None, 15, stop=model.config.vocab_size - 1)) for prompt in (long, short)]
     both = list(continued(model, [long, short], None, 15, stop=model.config.vocab_size - 1))
@@ -158,9 +157,9 @@ def test_a_long_neighbour_does_not_cut_an_answer():
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert command.usable("cuda:1").index == 1
+    assert command.check_device("cuda:1").index == 1
     with pytest.raises(UserError, match="--device cuda:2: cannot be used .GPUs here: 2"):
-        command.usable("cuda:2")
+        command.check_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "5")
     with pytest.raises(UserError, match="cuda:5: cannot be used"):
-        engine.join("cuda")
+        engine.init_distributed("cuda")

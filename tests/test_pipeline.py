@@ -1,4 +1,4 @@
-"""The very scripts, one after another, at sizes that take seconds: toy world, three stages, answers, scores."""
+"""The scripts themselves, one after another, at sizes that take seconds: toy world, three stages, answers, scores."""
 import json
 import re
 import shutil
@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import ROOT, TOKENIZER, log, run, split
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from scripts import ROOT, TOKENIZER, checkpoint_tensors, log, run, split
+
+from generate import encode_images
 
 
 def resumed(script, options, folder, copy):
-    """The run of `folder` again from its checkpoint at step 3 on: the same log, the same weights, the same optimizer
-    and all else in the checkpoint at step 6, bit for bit"""
+    """Resume a copy of a run from its checkpoint at step 3: the log, the weights and the checkpoint at step 6 must be
+    the same bit for bit."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "checkpoint-000006")
     (copy / "model.safetensors").unlink()
@@ -26,32 +27,13 @@ def resumed(script, options, folder, copy):
         assert all(before.get(key) == after.get(key) for key in exact)
     before, after = (load_file(path / "model.safetensors") for path in (folder, copy))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    before, after = (whole_state(path / "checkpoint-000006") for path in (folder, copy))
+    before, after = (checkpoint_tensors(path / "checkpoint-000006") for path in (folder, copy))
     assert before.keys() == after.keys() and len(before) > 10
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in
                ((before[key], after[key]) for key in before))
 
 
-def whole_state(checkpoint):
-    """Every tensor and number of a checkpoint under its path"""
-    whole = checkpoint.parent / "whole.pt"
-    dcp_to_torch_save(checkpoint, whole)
-    found = {}
-
-    def walk(value, path):
-        for key, part in value.items() if isinstance(value, dict) else ():
-            walk(part, f"{path}/{key}")
-        if not isinstance(value, dict):
-            found[path] = value
-    walk(torch.load(whole, weights_only=False), "")
-    whole.unlink()
-    done = json.loads((checkpoint / "done.json").read_text())
-    walk({"data": done["data"], "step": done["step"]}, "done")
-    random = torch.load(checkpoint / "random-0.pt", weights_only=False)
-    walk({"torch": random["torch"], "python": random["python"]}, "random")
-    return found
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["--quantizer vq", "--encoder scratch",
                                    "--clip-weight 0.3 --l2-weight 5 --deterministic"])
 def test_other_tokenizers(toy, tmp_path, words):
@@ -105,6 +87,7 @@ def test_a_libra_pretrained_further_stays_what_it_is(toy, base, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["text_to_image"] is True
 
 
+@pytest.mark.slow
 def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     resumed("pretrain.py", pretrain, base, tmp_path / "a")
     run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
@@ -140,6 +123,7 @@ def test_instruction_tuning_trains_all(base, tuned):
     assert all(torch.equal(images[0][name], images[1][name]) for name in images[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["language-only", "contiguous-targets", "no-expert", "no-bridge", "discrete-only"])
 def test_ablations_are_one_switch(toy, pretrain, tmp_path, switch):
     """Table 3: the switch reaches the folder, the LLaMA stays frozen, tuning goes on from it, also on two processes"""
@@ -156,6 +140,7 @@ def test_ablations_are_one_switch(toy, pretrain, tmp_path, switch):
         "--out", tmp_path / "sft", "--steps 1 --batch 2 --warmup 1")
 
 
+@pytest.mark.slow
 def test_generate(toy, base, tuned, tmp_path):
     picture = toy / "chats/images/000000.jpg"
     few = "--max-new-tokens 5"
@@ -177,7 +162,7 @@ def test_generate(toy, base, tuned, tmp_path):
     assert "asked.jsonl, line 1" in run("generate.py", "--model", tuned, "--batch", tmp_path / "asked.jsonl", ok=False)
     said = run("generate.py", "--model", tuned, "--image", picture, few, "What?", "--attention", tmp_path / "maps.png")
     assert len(re.findall(r"^ +[0-3] +0\.\d+ +0\.\d+$", said, re.M)) == 4
-    assert Image.open(tmp_path / "maps.png").size == (4 * 168, 168 + 18 + 160)
+    assert Image.open(tmp_path / "maps.png").width == 800                                     # 4 layers of 2 inches
     for option, value, size in (("--draw", "red", (56, 56)), ("--complete", picture, (56, 56)),
                                 ("--reconstruct", picture, (112, 56))):
         out = tmp_path / f"{option}.png"
@@ -196,18 +181,19 @@ def test_generate(toy, base, tuned, tmp_path):
 
 def test_completion_keeps_what_is_given(toy, base):
     from generate import complete
-    from generation import see
     from model import Libra
     model = Libra.from_pretrained(base)
     pictures = [toy / "chats/images/000000.jpg", toy / "chats/images/000001.jpg"]
     seen = []
     model.tokenizers.image.decode = lambda codes: seen.append(codes) or torch.zeros(len(codes), 3, 56, 56)
     complete(model, pictures, 4, temperature=1.0)
-    assert torch.equal(seen[0][:, :28], see(model, pictures, square=False)[0][:, :28]) and seen[0].shape == (2, 49, 2)
+    given = encode_images(model, pictures, square=False)[0]
+    assert torch.equal(seen[0][:, :28], given[:, :28]) and seen[0].shape == (2, 49, 2)
     assert seen[0].max() < 256
     assert model.config.text_to_image                     # E_c = 0 only stood behind captions: an empty one is there
 
 
+@pytest.mark.slow
 def test_evaluate(toy, base, tuned, tmp_path):
     """Blind baselines; broken off and gone on with, and shared by two processes: the same answers"""
     held, images = toy / "eval/held_out", toy / "eval/images"
@@ -264,12 +250,11 @@ def test_the_same_questions_in_other_formats(toy, tuned, tmp_path):
 
 def test_choices_by_likelihood(toy, tuned, tmp_path):
     """SEED by likelihood: the letter whose text has the least loss, against one pass of the loss for each choice"""
-    from benchmarks import read
-    from evaluate import likeliest
-    from generation import see
+    from benchmarks.files import read
+    from evaluate import likeliest_choices
     from model import Libra
     from streams import Streams
-    from text import spell_out
+    from text import expand_images
     choices = {"a": "red", "b": "a blue square", "c": "large", "d": "two"}
     questions = [{"question_id": n, "question_type_id": 1, "data_type": "image", "data_id": f"{n:06d}.jpg",
                   "question": "What is it?", "answer": "B", **{f"choice_{k}": v for k, v in choices.items()}}
@@ -277,14 +262,15 @@ def test_choices_by_likelihood(toy, tuned, tmp_path):
     (tmp_path / "seed.json").write_text(json.dumps({"questions": questions, "question_type": {"kind": 1}}))
     items = read("seed", toy / "chats/images", tmp_path / "seed.json")
     model = Libra.from_pretrained(tuned).eval()
-    letters = likeliest(model, [item["question"] for item in items], [item["image"] for item in items],
+    letters = likeliest_choices(model, [item["question"] for item in items], [item["image"] for item in items],
                         [item["choices"] for item in items])
     for item, letter in zip(items, letters):
-        codes, signal = see(model, [item["image"]])
+        codes, signal = encode_images(model, [item["image"]])
         losses = []
         for words in item["choices"].values():
-            ids, counted = spell_out(*model.tokenizers.text.chat([(item["question"], 1, words)]), codes, model.config)
-            losses.append(model.loss(Streams.of([ids], model.config, counted=[counted]), signal).item())
+            chat = model.tokenizers.text.chat([(item["question"], 1, words)])
+            ids, loss_mask = expand_images(*chat, codes, model.config)
+            losses.append(model.loss(Streams.from_ids([ids], model.config, loss_mask=[loss_mask]), signal).item())
         assert "ABCD".index(letter) == losses.index(min(losses))
     run("evaluate.py", "--task seed --likelihood --data", tmp_path / "seed.json", "--images", toy / "chats/images",
         "--model", tuned)
@@ -310,50 +296,52 @@ def test_looking_at_a_dataset(toy, tmp_path):
 
 
 def test_a_file_read_three_times_an_epoch(toy):
-    from data import Order, open_sources
+    from data import SampleOrder, open_sources
     path = str(toy / "chats/chat.json")
     sources = open_sources([path + "@3"], str(toy / "chats/images"))
-    order = iter(Order(sources, seed=0))
+    order = iter(SampleOrder(sources, seed=0))
     epoch = [next(order) for _ in range(120)]
     assert {n for n, _ in epoch} == {0} and next(order)[0] == 1
     assert sorted(place[1] for _, place in epoch) == sorted(list(range(40)) * 3)
 
 
+@pytest.mark.slow
 def test_the_report_judges_itself(toy, base, tuned):
     """Every number beside its bar; the LLaMA is found frozen; other seeds go beside it"""
-    run("foreign.py", "--out", toy / "foreign")
-    run("report.py", "--toy", toy, "--limit 23")
+    run("toy.other_renderer", "--out", toy / "foreign")
+    run("toy.report", "--toy", toy, "--limit 23")
     report = json.loads((toy / "report.json").read_text())
     assert report["llama_frozen"] is True and report["foreign"]["asked"] == 20
     bars = {bar["what"]: bar for bar in report["bars"]}
     assert bars["LLaMA bit-equal after pretraining"]["reached"] and not bars["questions, 2 objects"]["reached"]
     assert bars["reconstruction, PSNR (dB)"]["value"] == report["reconstruction"]["psnr"] < 25
-    assert Image.open(toy / "report.png").size[0] == 1180
-    said = run("report.py", "--mean", toy, toy)
+    assert Image.open(toy / "report.png").size[0] == 1300
+    said = run("toy.report", "--mean", toy, toy)
     seeds = json.loads((toy / "report.json").read_text())["seeds"]
     assert "questions, 3 objects" in said and seeds["drawing, colour"]["values"] == [report["drawing"]["colour"]] * 2
 
 
+@pytest.mark.slow
 def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
     """Three rows of Table 3, trained, measured, in a table and a picture; a second call finds all of it there"""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("pretrain", "sft", "checkpoint*"))
     words = ["--toy", tmp_path / "toy", "--out", tmp_path / "ablation", "--seeds 0 --rows libra b d --limit 23"]
     for _ in range(2):
-        said = run("ablate.py", *words, ("--pretrain=--steps 2 --batch 4 --warmup 1",),
+        said = run("toy.ablate", *words, ("--pretrain=--steps 2 --batch 4 --warmup 1",),
                    ("--sft=--steps 2 --batch 4",))
         rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
         assert rows["Libra"].split("|")[2].strip() == "1" and rows["(e) no bridge"].split("|")[2].strip() == "0"
     result = json.loads((tmp_path / "ablation/d-0/result.json").read_text())
     assert len(result["differences"][0]) == 4 and result["text perplexity"] > 1 and result["image loss"] > 1
-    assert Image.open(tmp_path / "ablation/ablation.png").width == 1000
+    assert Image.open(tmp_path / "ablation/ablation.png").width == 1100
 
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
     for words, message in ((["--data", tmp_path / "{0..3}.tar"], "4 of 4 files are missing"),
                            (["--llm", toy / "clip"], "tokenizer.model: no such file"),
                            (["--micro-batch 4"], "does not divide"),
-                           (["--data", toy / "llama/config.json"], "neither a tar shard nor JSON")):
+                           (["--data", toy / "llama/config.json"], "expected a tar shard, JSON")):
         assert message in run("pretrain.py", *pretrain, "--out", tmp_path / "x", *words, ok=False)
-    for words, message in (("--raw", "--raw continues a question"), ("--attention a.png", "there are 0 images"),
-                           ("--raw --attention a.png --image b.png what", "a chat and --attention need one")):
+    for words, message in (("--raw", "--raw belongs to a question"), ("--attention a.png what", "0 are given"),
+                           ("--raw --attention a.png --image b.png what", "neither --json nor --raw")):
         assert message in run("generate.py", "--model", toy / "sft", *words.split(), ok=False)

@@ -6,12 +6,13 @@ import torch
 import transformers
 from PIL import Image
 
-from generation import generate
+from common.weights import assign
+from generate import generate
+from llama import Llama
 from model import load
 from streams import Streams
 from tokenizer import CLIP_MEAN, CLIP_STD, ClipViT, prepare, read_clip_sizes, read_clip_weights
-from toy import muon
-from weights import assign
+from toy.make import muon
 
 VISION = {"vision_vocab_size": 10, "vision_codebook_num": 2, "image_feature_resolution": 2,
           "contiguous_signal_size": 12, "newline_token_id": 13}
@@ -35,9 +36,10 @@ def test_llama(number, tmp_path, capsys):
     rows = [torch.randint(3, 90, (n,)) for n in (37, 200)]
     for row in rows:
         with torch.no_grad():
-            a = ours.logits(Streams.of([row[:, None].expand(-1, 2)], ours.config))[0]
+            a = ours.logits(Streams.from_ids([row[:, None].expand(-1, 2)], ours.config))[0]
             b = theirs(row[None]).logits[0]
-        assert (a - b).abs().max() / b.abs().max() <= 1e-5
+            plain = Llama.from_pretrained(tmp_path)(row[None])[0]
+        assert (a - b).abs().max() / b.abs().max() <= 1e-5 and (plain - b).abs().max() / b.abs().max() <= 1e-5
     with torch.no_grad():
         expected = theirs.generate(rows[0][None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     found = torch.stack(list(generate(ours, [rows[0][:, None].expand(-1, 2)], max_new_tokens=64)))[:, 0, 0]

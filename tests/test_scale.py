@@ -1,60 +1,73 @@
-"""What a run must not depend on: engines, processes, passes, compiling; and what its plan promises."""
+"""Results must not depend on engines, processes, passes or compiling; and the plan must match real runs."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from scripts import log, run
+from scripts import checkpoint_tensors, log, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import engine
-import plan
 import train_tokenizer
-from config import LibraConfig
-from model import Libra
+from model import Libra, LibraConfig
 from streams import Streams
+from text import IMG, expand_images
+from training import engine, plan
+
+KEEPING, SAVING = (SimpleNamespace(checkpoint_activations=flag, compile=False) for flag in (False, True))
 
 
-def same(one, two, bar=1e-5):
-    """Two model folders: every tensor within `bar` of its norm. A bridge's B starts at zero and leaves A next to no
-    gradient, where Adam magnifies rounding: 1e-4 there."""
-    one, two = (load_file(path / "model.safetensors") for path in (one, two))
-    assert one.keys() == two.keys()
-    for name in one:
-        most = 1e-4 if "bridge" in name else bar
-        assert (one[name] - two[name]).norm() <= most * one[name].norm().clamp(min=1e-3), name
+def same(folder, other, tolerance=1e-5):
+    """Two model folders: every tensor within `tolerance` of its norm. A bridge's B starts at zero and leaves A next to
+    no gradient, where Adam magnifies rounding: 1e-4 there."""
+    tensors, others = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        allowed = (1e-4 if "bridge" in name else tolerance) * tensor.norm().clamp(min=1e-3)
+        assert (tensor - others[name]).norm() <= allowed, name
 
 
+def same_losses(folder, other):
+    for line, other_line in zip(log(folder), log(other), strict=True):
+        assert abs(line["loss"] - other_line["loss"]) < 1e-5 * line["loss"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
 def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):
     run("pretrain.py", *pretrain, "--micro-batch 1 --engine", kind, "--out", tmp_path, processes=2)
-    for one, two in zip(log(base), log(tmp_path), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
-        assert abs(one["norm"] - two["norm"]) < 1e-4 * one["norm"]
+    same_losses(base, tmp_path)
+    for line, other in zip(log(base), log(tmp_path)):
+        assert abs(line["norm"] - other["norm"]) < 1e-4 * line["norm"]
     same(base, tmp_path)
 
 
-def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path, monkeypatch):
-    """One process with one pass; two with four passes each, as replicas and in shares: 1e-6 of each tensor's norm"""
-    found = {}
+@pytest.mark.slow
+def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path):
+    """One process with one pass; two with four passes each: 1e-6 of each tensor's norm. With --betas 0 0.99 AdamW's
+    exp_avg in a checkpoint is the gradient of the last step."""
+    gradients = {}
     for name, words, processes in (("one", "", 1), ("ddp", "--micro-batch 1 --engine ddp", 2),
                                    ("zero", "--micro-batch 1 --engine zero", 2),
                                    ("fsdp", "--micro-batch 1 --engine fsdp", 2)):
-        monkeypatch.setenv("GRADIENTS", str(tmp_path / name))
-        run("tests/gradients.py", *pretrain, "--batch 8 --out", tmp_path / "run", words, processes=processes)
-        found[name] = torch.load(tmp_path / name)
-    assert sum(float(gradient.norm()) for gradient in found["one"]) > 0
-    for one, *others in zip(*found.values(), strict=True):
-        assert all((one - other).norm() <= 1e-6 * one.norm() for other in others)
+        run("pretrain.py", *pretrain, "--batch 8 --betas 0 0.99 --clip-norm 1e9 --steps 2 --save-every 1", words,
+            "--out", tmp_path / name, processes=processes)
+        tensors = checkpoint_tensors(tmp_path / name / "checkpoint-000001")
+        gradients[name] = {key: tensor for key, tensor in tensors.items() if key.endswith("exp_avg")}
+    one = gradients.pop("one")
+    assert len(one) > 100 and sum(float(gradient.norm()) for gradient in one.values()) > 0
+    for other in gradients.values():
+        assert one.keys() == other.keys()
+        assert all((one[key] - other[key]).norm() <= 1e-6 * one[key].norm() for key in one)
 
 
+@pytest.mark.slow
 def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
-    """Two processes with all in shares, then one process alone, then two replicas: as one process throughout"""
+    """fsdp on two processes, resumed by one process, then by ddp on two: equals one process throughout"""
     words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
              "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2"]
     run("sft.py", *words, "--out", tmp_path / "one")
@@ -69,30 +82,32 @@ def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     same(tmp_path / "one", tmp_path / "two")
 
 
-def test_one_process_in_shares_and_export(pretrain, base, tmp_path):
+def test_fsdp_on_one_process_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # what step 6 was
+    run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # of step 6
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
     assert "holds no checkpoint" in run("pretrain.py", *pretrain, "--export --out", tmp_path / "none", ok=False)
     name = "model.layers.0.self_attn.vision_q_proj.weight_A"
     assert before.keys() == after.keys() and not torch.equal(before[name], after[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, processes", [("--engine fsdp", 1), ("--micro-batch 1", 1),
                                               ("--engine zero --micro-batch 1", 2)])
 def test_offload(pretrain, base, tmp_path, words, processes):
     run("pretrain.py", *pretrain, "--offload", words, "--out", tmp_path, processes=processes)
     same(base, tmp_path)
-    said = run("pretrain.py", *pretrain, "--offload --engine ddp --out", tmp_path / "no", ok=False)
-    assert "give --engine zero or fsdp" in said
+    output = run("pretrain.py", *pretrain, "--offload --engine ddp --out", tmp_path / "no", ok=False)
+    assert "give --engine zero or fsdp" in output
 
 
-def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):
+@pytest.mark.slow
+def test_a_process_without_pictures_does_not_hang(toy, base, tmp_path):
     entries = json.loads((toy / "chats/chat.json").read_text())
     for number, entry in enumerate(entries):
-        if number % 3:                                    # most samples are words alone
+        if number % 3:                                    # most samples are text alone
             del entry["image"]
             entry["conversations"][0]["value"] = entry["conversations"][0]["value"].replace("<image>\n", "")
     (tmp_path / "chat.json").write_text(json.dumps(entries))
@@ -104,85 +119,93 @@ def test_a_process_without_pictures_holds_up_no_one(toy, base, tmp_path):
         same(tmp_path / "one", tmp_path / kind)
 
 
-def test_checkpointed_layers_keep_less_and_learn_the_same():
-    config = LibraConfig(vocab_size=300, hidden_size=64, intermediate_size=172, num_hidden_layers=6,
-                         num_attention_heads=4, max_position_embeddings=256, vision_vocab_size=66,
-                         image_feature_resolution=8, contiguous_signal_size=64)
-    streams, model = plan.batch_of(config, 2, 40, "pretrain"), Libra(config)
-    signal, found = torch.randn(len(streams.image_ids), 64), []
-    for again in (False, True):
-        model.checkpoint_activations = again
-        kept = plan.Kept(model.parameters())
-        with kept.hooks:
+CONFIG = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "max_position_embeddings": 256, "vision_vocab_size": 66,
+          "image_feature_resolution": 8, "contiguous_signal_size": 64}
+
+
+def test_checkpointed_layers_save_less_and_learn_the_same():
+    config = LibraConfig(**CONFIG | {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6})
+    streams, model = plan.example_batch(config, 2, 40, "pretrain"), Libra(config)
+    signal, saved, gradients = torch.randn(len(streams.image_ids), 64), [], []
+    for model.checkpoint_activations in (False, True):
+        counter = plan.SavedBytes(model.parameters())
+        with counter.hooks:
             loss = model.loss(streams, signal)
         model.zero_grad()
         loss.backward()
-        found.append((kept.bytes, [p.grad for p in model.parameters()]))
-    planned = plan.activations(config, streams, True, torch.float32, True)
-    assert found[1][0] < 0.2 * found[0][0] and found[1][0] < planned < 0.6 * found[0][0]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+        saved.append(counter.bytes)
+        gradients.append([p.grad for p in model.parameters()])
+    planned = plan.activation_bytes(config, streams, True, torch.float32, SAVING)
+    assert saved[1] < 0.2 * saved[0] and saved[1] < planned < 0.6 * saved[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def image_rows(config, lengths, images):
+    """Rows of <s>, images with a newline after each, and text up to the given lengths -> Streams"""
+    rows = []
+    for seed, length in enumerate(lengths):
+        g = torch.Generator().manual_seed(seed)
+        n_text = length - 1 - images * (config.image_tokens + 1)
+        text = torch.randint(3, config.vocab_size, (n_text,), generator=g).tolist()
+        codes = torch.randint(config.codes, (images, config.image_tokens - 2, config.vision_codebook_num), generator=g)
+        ids = [1, *[IMG, config.newline_token_id] * images, *text]
+        rows.append(expand_images(ids, [0, *[1, 0] * images, *[1] * n_text], list(codes), config))
+    return Streams.from_ids([ids for ids, _ in rows], config, loss_mask=[loss_mask for _, loss_mask in rows])
 
 
 def test_compiled_layers_serve_every_batch():
-    """--compile: a layer is one graph without a break; once each way to cut rows has been met in two sizes, other
-    lengths, rows and images need no new one; and nothing changes in what is computed"""
-    model, counter = tiny.libra(max_position_embeddings=128), CompileCounterWithBackend("eager")
-    plain = tiny.libra(max_position_embeddings=128)
+    """--compile: a layer is one graph without a break. Once each layout of rows has been seen in two sizes, other
+    lengths, rows and images need no new graph; and the results do not change."""
+    model, plain = tiny.libra(max_position_embeddings=128), tiny.libra(max_position_embeddings=128)
+    counter, graphs = CompileCounterWithBackend("eager"), []
     for block in model.model.layers:
         block.compile(backend=counter, fullgraph=True)
-    frames = []
     for images, lengths in ((1, (20, 20)), (1, (25, 19)), (1, (30, 30, 30)), (2, (30, 17, 18)), (1, (40, 33, 21, 17)),
                             (1, (22, 22)), (2, (31, 60)), (1, (30, 21, 20, 23)), (3, (50, 62, 44)), (1, (33, 33, 33))):
-        pairs = [bench.sequence(model.config, length, images, seed) for seed, length in enumerate(lengths)]
-        streams = Streams.of([ids for ids, _ in pairs], model.config, counted=[counted for _, counted in pairs])
+        streams = image_rows(model.config, lengths, images)
         signal = torch.randn(images * len(lengths), 4, 12)
-        losses = [one.loss(streams, signal) for one in (model, plain)]
+        losses = [m.loss(streams, signal) for m in (model, plain)]
         for loss in losses:
             loss.backward()
         torch.testing.assert_close(*losses)
-        frames.append(counter.frame_count)
-    assert frames[0] == 1 and frames[4] == frames[-1] <= 5, frames
-    for one, two in zip(model.parameters(), plain.parameters()):
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == 1 and graphs[4] == graphs[-1] <= 5, graphs
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training(pretrain, base, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))    # a kill leaves half a file in torch's
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))    # not the user's
     run("pretrain.py", *pretrain, "--compile --out", tmp_path)
-    for one, two in zip(log(base), log(tmp_path), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]
-    same(base, tmp_path, 1e-4)                            # other kernels round otherwise
+    same_losses(base, tmp_path)
+    same(base, tmp_path, 1e-4)                            # other kernels round differently
 
 
-@pytest.mark.parametrize("tune", [False, True])
-def test_plan_counts_what_torch_counts(tune):
-    """FLOPs against torch's counter, what the backward pass keeps against a real pass"""
-    config = LibraConfig(vocab_size=300, hidden_size=128, intermediate_size=344, num_hidden_layers=3,
-                         num_attention_heads=4, max_position_embeddings=256, vision_vocab_size=66,
-                         image_feature_resolution=8, contiguous_signal_size=64)
-    streams = plan.batch_of(config, 2, 40, "sft" if tune else "pretrain")
-    model = Libra(config)
-    for module in [] if tune else model.llama():
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_plan_counts_what_torch_counts(stage):
+    """FLOPs against torch's counter, saved activations against a real pass"""
+    config = LibraConfig(**CONFIG)
+    streams, model = plan.example_batch(config, 2, 40, stage), Libra(config)
+    for module in model.llama_modules() if stage == "pretrain" else ():
         module.requires_grad_(False)
     signal = torch.zeros(len(streams.image_ids), config.contiguous_signal_size)
-    kept = plan.Kept(model.parameters())
-    counter = FlopCounterMode(display=False)
-    with kept.hooks:
+    saved, counter = plan.SavedBytes(model.parameters()), FlopCounterMode(display=False)
+    with saved.hooks:
         model.loss(streams, signal)
     with counter, sdpa_kernel(SDPBackend.MATH):           # as plain products, which torch counts: whole squares
         model.loss(streams, signal).backward()
-    counts = {"text": len(streams.text_ids), "image": len(streams.image_ids), "text_targets": len(streams.text_rows),
-              "image_targets": len(streams.image_rows), "squares": sum(n * n for n in streams.lengths), "images": 0}
-    eye = plan.ImageTokenizerConfig(clip=plan.CLIP_L)
-    ours = plan.flops_of(model, eye)(counts)
-    assert abs((sum(ours.values()) + ours["attention"]) / counter.get_total_flops() - 1) < 0.1
-    planned = plan.activations(config, streams, tune, torch.float32, False)
-    assert abs(planned / kept.bytes - 1) < 0.1
-    assert plan.activations(config, streams, tune, torch.float32, True) < 0.6 * planned
+    clip_config = plan.ImageTokenizerConfig(clip=plan.CLIP_L)
+    flops = plan.flops_of(model, clip_config)(plan.token_counts(streams) | {"images": 0})
+    assert abs((sum(flops.values()) + flops["attention"]) / counter.get_total_flops() - 1) < 0.1
+    planned = plan.activation_bytes(config, streams, stage == "sft", torch.float32, KEEPING)
+    assert abs(planned / saved.bytes - 1) < 0.1
+    assert plan.activation_bytes(config, streams, stage == "sft", torch.float32, SAVING) < 0.6 * planned
 
 
-def test_plan_counts_what_the_tokenizer_keeps():
+def test_plan_counts_what_the_tokenizer_saves():
     """Against a real step of the generator, adversarial, with LPIPS; in bfloat16 norms stay in float32"""
     args = train_tokenizer.options().parse_args(["--batch", "2"])
     tokenizer, discriminator, lpips = tiny.image_tokenizer(), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
@@ -191,21 +214,22 @@ def test_plan_counts_what_the_tokenizer_keeps():
         torch.nn.init.normal_(p, 0.0, 0.02)
     tokenizer.requires_grad_(True).clip.requires_grad_(False)
     trained, pixels = train_tokenizer.Trained(tokenizer, 0.1, 0.0), torch.randn(2, 3, 32, 32)
-    found = plan.Kept([p for module in (trained, discriminator, lpips) for p in module.parameters()])
-    with found.hooks:
-        train_tokenizer.reconstruct(args, engine.World(0, 1, torch.device("cpu"), torch.float32), True, tokenizer,
-                                    trained, discriminator, lpips, pixels, 1)
-    planned = plan.kept_by_tokenizer(trained, discriminator, lpips, pixels, torch.float32)
-    assert abs(planned / found.bytes - 1) < 0.1
-    without, half = (plan.kept_by_tokenizer(trained, discriminator, None, pixels, dtype)
+    saved = plan.SavedBytes([p for module in (trained, discriminator, lpips) for p in module.parameters()])
+    with saved.hooks:
+        train_tokenizer.reconstruct(args, engine.Dist(0, 1, torch.device("cpu"), torch.float32), True, trained,
+                                    discriminator, lpips, pixels, 1)
+    planned = plan.tokenizer_bytes(trained, discriminator, lpips, pixels, torch.float32)
+    assert abs(planned / saved.bytes - 1) < 0.1
+    without, half = (plan.tokenizer_bytes(trained, discriminator, None, pixels, dtype)
                      for dtype in (torch.float32, torch.bfloat16))
     assert without < planned and 0.7 * without < half < without
 
 
 def test_plan_of_the_paper():
-    said = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
-    assert "LLaMA                       6.738 B" in said and "expert                      4.229 B" in said
-    assert "9% of that GPU's peak" in said and "the first that fits 80 GB" in said
-    assert "learns" in run("sft.py", "--plan --micro-batch 1")
-    said = run("train_tokenizer.py", "--plan --memory 80 --vgg x --lpips x --micro-batch 16")
-    assert "decoder" in said and "ddp       41." in said and "the first that fits 80 GB: ddp" in said
+    output = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
+    assert "LLaMA                       6.738 B" in output and "expert                      4.229 B" in output
+    assert "9% of that GPU's peak" in output and "the first that fits 80 GB" in output
+    assert run("training.plan", "pretrain --gpus 8 --memory 80 --micro-batch 8") == output
+    assert "learns" in run("training.plan", "sft --micro-batch 1")
+    output = run("training.plan", "train_tokenizer --memory 80 --vgg x --lpips x --micro-batch 16")
+    assert "decoder" in output and "ddp       41." in output and "the first that fits 80 GB: ddp" in output

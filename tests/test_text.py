@@ -3,8 +3,8 @@ import pytest
 import tiny
 import torch
 
-from text import IMG, SYSTEM, Text, cut, spell_out
-from weights import UserError
+from common.weights import UserError
+from text import IMG, SYSTEM, Text, expand_images, truncate
 
 
 @pytest.fixture(scope="module")
@@ -22,29 +22,29 @@ def split(ids):
 
 
 def test_text_after_an_image_has_no_blank_of_its_own(text):
-    ids, counted = text.caption("the red square")
-    shown = pieces(text, ids)
-    assert shown[:3] == ["<s>", "[IMG]", "<0x0A>"] and "".join(shown[3:]) == "the▁red▁square</s>"
-    assert counted == [0, 1, 0] + [1] * (len(ids) - 3)
-    ids, counted = text.caption("the red square", image_first=False)
+    ids, loss_mask = text.caption("the red square")
+    tokens = pieces(text, ids)
+    assert tokens[:3] == ["<s>", "[IMG]", "<0x0A>"] and "".join(tokens[3:]) == "the▁red▁square</s>"
+    assert loss_mask == [0, 1, 0] + [1] * (len(ids) - 3)
+    ids, loss_mask = text.caption("the red square", image_first=False)
     assert pieces(text, ids) == ["<s>", "▁the", "▁red", "▁square", "<0x0A>", "[IMG]"]
-    assert counted == [0, 1, 1, 1, 0, 1]
+    assert loss_mask == [0, 1, 1, 1, 0, 1]
     assert text.caption("the red square", end=False)[0][-1] != text.eos
     assert text.caption("the red square", most=2)[0] == text.caption("the red square")[0][:5]
     assert text.caption("") == ([text.bos, IMG, text.newline, text.eos], [0, 1, 0, 1])
 
 
 def test_chat_labels_only_answers(text):
-    ids, counted = text.chat([("what is the shape", 2, "a red circle"), ("the colour", 0, "red")], system="a")
-    shown = pieces(text, ids)
-    assert shown[:1] == ["<s>"] and shown.count("[IMG]") == 2
-    first = shown.index("[IMG]")
-    assert "".join(shown[1:first]) == "▁a▁USER:"
-    assert shown[first:first + 3] == ["[IMG]", "<0x0A>", "[IMG]"] and shown[first + 3] == "<0x0A>"
-    assert [p for p, c in zip(shown, counted) if c] == ["▁a", "▁red", "▁circle", "▁", "</s>", "▁red", "▁", "</s>"]
-    second = shown.index("</s>") + 1
-    assert "".join(shown[second:]) == "▁USER:▁the▁colour▁ASSISTANT:▁red▁</s>"
-    assert counted[first] == 0 and text.decode([i for i, c in zip(ids, counted) if c]) == "a red circle"
+    ids, loss_mask = text.chat([("what is the shape", 2, "a red circle"), ("the colour", 0, "red")], system="a")
+    tokens = pieces(text, ids)
+    assert tokens[:1] == ["<s>"] and tokens.count("[IMG]") == 2
+    first = tokens.index("[IMG]")
+    assert "".join(tokens[1:first]) == "▁a▁USER:"
+    assert tokens[first:first + 3] == ["[IMG]", "<0x0A>", "[IMG]"] and tokens[first + 3] == "<0x0A>"
+    assert [p for p, c in zip(tokens, loss_mask) if c] == ["▁a", "▁red", "▁circle", "▁", "</s>", "▁red", "▁", "</s>"]
+    second = tokens.index("</s>") + 1
+    assert "".join(tokens[second:]) == "▁USER:▁the▁colour▁ASSISTANT:▁red▁</s>"
+    assert loss_mask[first] == 0 and text.decode([i for i, c in zip(ids, loss_mask) if c]) == "a red circle"
     before, after = (text.model.decode(part) for part in split(text.chat([("what", 1, None)])[0]))
     assert before == f"{SYSTEM} USER:" and after == "\nwhat ASSISTANT:"
 
@@ -63,29 +63,26 @@ def test_decode(text):
     assert text.decode([]) == ""
 
 
-def test_cut_never_goes_through_an_image(text):
-    ids, counted = text.chat([("what", 1, "red"), ("what", 1, "a blue circle")], system="")
+def test_truncation_never_goes_through_an_image(text):
+    ids, loss_mask = text.chat([("what", 1, "red"), ("what", 1, "a blue circle")], system="")
     second = len(ids) - 1 - ids[::-1].index(IMG)
     length = [18 if i == IMG else 1 for i in ids]
     for limit in range(sum(length[:second]), sum(length[:second]) + 18):
-        assert cut(ids, counted, limit, 18)[0] == ids[:second]
-    assert cut(ids, counted, sum(length), 18) == (ids, counted)
-    with pytest.raises(UserError, match="000010005: no label counts within 25 tokens"):
-        cut(ids, counted, 25, 18, name="000010005")
-    with pytest.raises(UserError, match="it has no answer"):
-        cut(ids, [0] * len(ids), 999, 18, name="x")
+        assert truncate(ids, loss_mask, limit, 18)[0] == ids[:second]
+    assert truncate(ids, loss_mask, sum(length), 18) == (ids, loss_mask)
+    assert not any(truncate(ids, loss_mask, 25, 18)[1])   # the answers begin later
 
 
-def test_spell_out(text):
+def test_expand_images(text):
     c = tiny.config(vocab_size=text.vocab_size)
     codes = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 0]])
-    ids, counted = spell_out([1, IMG, 13, 5], [0, 1, 0, 1], [codes], c)
+    ids, loss_mask = expand_images([1, IMG, 13, 5], [0, 1, 0, 1], [codes], c)
     v = c.vocab_size
     assert ids[:, 0].tolist() == [1, v + 8, v + 1, v + 3, v + 5, v + 7, v + 9, 13, 5]
     assert ids[:, 1].tolist() == [1, v + 8, v + 2, v + 4, v + 6, v, v + 9, 13, 5]
-    assert counted.tolist() == [False, False, True, True, True, True, True, False, True]      # EOI counts, BOI does not
-    with pytest.raises(UserError, match="places for 1 images, 2 were given"):
-        spell_out([1, IMG], [0, 0], [codes, codes], c)
+    assert loss_mask.tolist() == [False, False, True, True, True, True, True, False, True]    # EOI counts, BOI does not
+    with pytest.raises(AssertionError):
+        expand_images([1, IMG], [0, 0], [codes, codes], c)
 
 
 def test_models_that_cannot_serve_are_refused(tmp_path):

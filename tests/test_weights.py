@@ -10,12 +10,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import LibraConfig
-from generation import generate, see
-from model import Libra
-from text import IMG, spell_out
+from common.published import read_published_config
+from common.weights import UserError, read_json, read_tensors, weight_files, write_json
+from generate import encode_images, generate
+from model import Libra, LibraConfig
+from text import IMG, expand_images
 from tokenizer import ImageTokenizer
-from weights import UserError, read_json, read_tensors, read_yaml, weight_files, write_json
 
 YAML = """freeze: True   # nothing here learns
 max_vision_token_length: 18
@@ -59,8 +59,8 @@ def copy(folder, tmp_path):
 
 def answer(model):
     from PIL import Image
-    codes, signal = see(model, [Image.new("RGB", (30, 20), "red")])
-    prompt = spell_out([1, IMG, 13, 270], [0] * 4, codes, model.config)[0]
+    codes, signal = encode_images(model, [Image.new("RGB", (30, 20), "red")])
+    prompt = expand_images([1, IMG, 13, 270], [0] * 4, codes, model.config)[0]
     return torch.stack(list(generate(model, [prompt], signal, 8)))
 
 
@@ -131,7 +131,7 @@ def test_published_folder_as_it_is(folder, tmp_path, clip_inside):
 def llama_folder(path, folder, pickled=False, **changes):
     """A LLaMA as Hugging Face writes it, with the tokenizer of a model folder"""
     model = Libra.from_pretrained(folder)
-    names = {id(p) for m in model.llama() for p in m.parameters()}
+    names = {id(p) for m in model.llama_modules() for p in m.parameters()}
     tensors = {k: p.detach().contiguous() for k, p in model.named_parameters() if id(p) in names}
     path.mkdir()
     if pickled:
@@ -218,7 +218,7 @@ def test_missing_and_cut_shards(folder, tmp_path):
     shard = path / "model-00003-of-00005.safetensors"
     content = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(UserError, match="model-00003-of-00005.safetensors is missing"):
+    with pytest.raises(UserError, match="5 shards, missing in the folder: model-00003-of-00005.safetensors. Fetch"):
         Libra.from_pretrained(path)
     index = path / "model.safetensors.index.json"
     named = index.read_text()
@@ -273,15 +273,17 @@ def test_folders_that_do_not_belong_together(copy, tmp_path):
 
 
 def test_yaml(tmp_path):
-    path = tmp_path / "x.yaml"
+    path = tmp_path / "vision_tokenizer_config.yaml"
     path.write_text(YAML)
-    top = read_yaml(path)
-    assert top["freeze"] is True and top["params"]["ddconfig"]["select_layer"] == [1, 3]
-    assert top["params"]["ddconfig"]["dropout"] == 0.0 and top["params"]["codebook_size"] == 16
-    assert top["params"]["ddconfig"]["encoder_name"] == "openai-clip-vit"
-    path.write_text("a: 1\n- b\n")
-    with pytest.raises(UserError, match="x.yaml, line 2: expected 'key: value', found '- b'"):
-        read_yaml(path)
+    values, checkpoint, clip_folder = read_published_config(tmp_path)
+    assert values["select_layers"] == [1, 3] and values["codebook_size"] == 16 and values["grid"] == 4
+    assert checkpoint == tmp_path / "vqgan.ckpt" and clip_folder == tmp_path / "openai-clip-vit"
+    for text, message in ((YAML.replace("False", "True"), "double_z must be False"), ("a: 1\n- b\n", "line 2"),
+                          ("params: 5\n", "expected YAML with params"), ("", "expected YAML with params"),
+                          (YAML.replace("  ddconfig:", "  config:"), "'ddconfig'")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"vision_tokenizer_config.yaml: .*{message}"):
+            read_published_config(tmp_path)
 
 
 def test_checkpoint_with_leftovers_of_training(folder, tmp_path):

@@ -4,8 +4,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from config import LibraConfig
-from model import Libra, Tokenizers
+from model import Libra, LibraConfig, Tokenizers
 from text import Text
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 

@@ -1,0 +1,153 @@
+"""Rows beside those of the model itself: transformers, the image tokenizer, reading pictures, a whole step on a GPU."""
+import io
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.baselines import products_alone
+from bench.measure import measure
+from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
+from data import SampleBuilder, make_loader, open_source
+from generate import generate
+from model import LibraConfig
+from text import Text
+from tokenizer import ImageTokenizer, ImageTokenizerConfig
+from training.plan import CLIP_L
+
+
+def text_only(args, size):
+    """Text alone, against transformers' LLaMA with the same weights: a step that trains all, prefill, decoding"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = new_model(size, args.device, args.dtype)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "rms_norm_eps", "max_position_embeddings")
+    theirs = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names}))
+    theirs.load_state_dict({name: model.state_dict()[name] for name in theirs.state_dict()})
+    theirs.to(args.device, args.dtype)
+    prompts, streams, _ = new_batch(model, 2, LENGTH, images=0)
+    ids = streams.text_ids.view(2, LENGTH)
+
+    def their_step():
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        theirs.zero_grad(set_to_none=True)
+
+    @torch.inference_mode()
+    def their_tokens():
+        out = theirs(input_ids=ids[:1], use_cache=True, logits_to_keep=1)
+        while True:
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            yield token
+            out = theirs(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    measure(args, f"text alone, training step, {size}, B 2, L {LENGTH}", {
+        "ours": training_step(model, partial(model, streams)), "transformers": their_step}, 2 * LENGTH)
+    measure(args, f"text alone, prefill, {size}, L {LENGTH}", {
+        "ours": lambda: next(generate(model, prompts[:1], None, 1)),
+        "transformers": lambda: next(their_tokens())}, LENGTH)
+    tokens = their_tokens()
+    next(tokens)
+    measure(args, f"text alone, decoding, {size}", {
+        "ours": decoding(model, prompts[:1], None, args.repeat + 1),
+        "transformers": lambda: [next(tokens) for _ in range(TOKENS)]}, TOKENS, memory=False)
+
+
+def new_tokenizer(args):
+    """The published image tokenizer with random weights"""
+    with torch.device(args.device):
+        return ImageTokenizer(ImageTokenizerConfig(clip=CLIP_L)).to(args.dtype).requires_grad_(False).eval()
+
+
+def image_tokenizer(args, size):
+    """Pictures to ids and back, against the products and convolutions alone"""
+    tokenizer, pixels = new_tokenizer(args), torch.randn(2, 3, 336, 336, device=args.device, dtype=args.dtype)
+    ids, _ = tokenizer.encode(pixels)
+    for name, call in (("encode", partial(tokenizer.encode, pixels)), ("decode", partial(tokenizer.decode, ids))):
+        measure(args, f"image tokenizer, {name}", {"ours": call, "products alone": products_alone(tokenizer, call)},
+                len(pixels), "images/s")
+
+
+def write_pictures(folder, count):
+    """JPEG files of 500 x 400 pixels, captions.json and tokenizer.model -> the JPEG files' bytes"""
+    names, caption = [f"{i}.jpg" for i in range(count)], "a large red circle in the top left"
+    for name in names:
+        Image.effect_noise((63, 50), 100).convert("RGB").resize((500, 400)).save(folder / name, quality=90)
+    (folder / "captions.json").write_text(json.dumps([{"image": name, "caption": caption} for name in names]))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([caption] * 4), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+    return [(folder / name).read_bytes() for name in names]
+
+
+def decode_jpegs(files):
+    pictures = [Image.open(io.BytesIO(file)).resize((336, 336), Image.Resampling.BICUBIC) for file in files]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def reading(args, size, count=128):
+    """From files to batches, without a worker and with one, against a DataLoader that only decodes and scales"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                              # as in a worker
+    with tempfile.TemporaryDirectory() as folder:
+        files, text = write_pictures(Path(folder), count), Text(f"{folder}/tokenizer.model")
+        config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
+        source, builder = open_source(f"{folder}/captions.json", folder), SampleBuilder(text, config, 336, 700)
+        for workers in (0, 1):
+            ours = iter(make_loader([source], builder, 16, 16, 0, workers=workers)[0])
+            bare = torch.utils.data.DataLoader(files, 16, num_workers=workers, collate_fn=decode_jpegs,
+                                               persistent_workers=workers > 0)
+            measure(args, f"reading pictures, {workers} workers", {
+                "ours": partial(take, ours, count // 16), "DataLoader and PIL": partial(list, bare)}, count, "images/s",
+                memory=False)
+    torch.set_num_threads(threads)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def pretraining(args, size):
+    """A whole step: CLIP, forward, backward, AdamW. The micro-batch doubles until the GPU's memory is full, with
+    activations kept and recomputed. Where not one sample fits, half of the layers are measured."""
+    layers = LibraConfig(**SIZES[size]).num_hidden_layers
+    while layers and not fill_memory(args, size, layers):
+        layers //= 2
+
+
+def fill_memory(args, size, layers):
+    """-> whether one sample fits"""
+    model, tokenizer = new_model(size, args.device, args.dtype, True, num_hidden_layers=layers), new_tokenizer(args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    optimizer, largest, flops = torch.optim.AdamW(trained, lr=1e-4, fused=True), 0, 0
+
+    def step(streams, pixels):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            codes, signal = tokenizer.encode(pixels)
+            model.loss(streams.with_image_codes(codes), signal).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for model.checkpoint_activations in (False, True):
+        for rows in (1,) if args.device == "cpu" else (1, 2, 4, 8, 16, 32, 64, 128):
+            name = f"pretraining, {layers} layers, {rows} samples{', recomputed' * model.checkpoint_activations}"
+            call = partial(step, new_batch(model, rows, LENGTH)[1], torch.randn(rows, 3, 336, 336, device=args.device))
+            try:
+                if not flops:
+                    with FlopCounterMode(display=False) as counter:
+                        call()
+                    flops = counter.get_total_flops() / LENGTH            # of a token; causal attention counted whole
+                rate = measure(args, name, {"ours": call}, rows * LENGTH)
+                print(f"| | {rate * flops / 1e12:.2f} TFLOP/s | | | |")
+                largest = max(rows, largest)
+            except torch.OutOfMemoryError:
+                print(f"| {name} | does not fit | | | |")
+                optimizer.zero_grad()
+                break
+    return largest

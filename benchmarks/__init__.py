@@ -1,0 +1,1 @@
+"""The public benchmarks: their files, prompts and scoring rules."""

@@ -1,0 +1,330 @@
+"""The benchmarks of Tab. 5: their published files, the prompts of Tab. 6, the formats of their submissions.
+
+    items = read("gqa", "gqa/images", "testdev_balanced_questions.json")
+    score("gqa", items, answers)                         # answers: a text for each item
+    write("gqa", "submission.json", items, answers)
+
+TASKS, at the end, lists them; the scoring rules are in scores.py. An item is a dict: id; question, the whole prompt;
+image, a path or a file's bytes; truth, None if it is secret; choices {letter: text} or None; kinds, the parts of the
+score that it counts for; and what else its score or submission needs.
+"""
+import base64
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks import scores, toy
+from benchmarks.scores import gqa_normalise, normalise, score_captions, score_choices, score_each
+from common.weights import UserError, read_json, read_text, write_json
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    read: Callable               # its file, for read_vqa also a file of annotations -> yields items
+    prompt: str | None           # Tab. 6: a line below each question
+    score: Callable | None       # items, answers -> {score, metric, parts, unparsed}
+    write: Callable              # path, [(item, answer)]: writes the submission
+    images: tuple = ()           # patterns for a picture's file name; the first that exists is taken
+
+
+def read(task, images, *paths):
+    """-> items of a file, or of one with questions and one with annotations; `images` is the folder of the pictures.
+    A UserError names the file, the entry and what was expected there, or the first picture that is missing."""
+    benchmark = TASKS[task]
+    max_files = 2 if benchmark.read is read_vqa else 1
+    if len(paths) > max_files:
+        raise UserError(f"{task}: expected at most {max_files} file(s) in --data, found {len(paths)}")
+    items = list(benchmark.read(*paths))
+    if not items:
+        raise UserError(f"{paths[0]}: no questions in it")
+    for item in items:
+        item["question"] = "\n".join(text for text in (item["question"], benchmark.prompt) if text)
+        if not isinstance(item["image"], bytes):
+            names = item["image"] if isinstance(item["image"], tuple) else (item["image"],)
+            candidates = [Path(images) / pattern.format(name) for pattern in benchmark.images for name in names]
+            item["image"] = next(filter(os.path.isfile, candidates), None)
+            if item["image"] is None:
+                raise UserError(f"{candidates[0]}: no such picture; --images names the folder of the pictures")
+    return items
+
+
+def score(task, items, answers):
+    """-> {score, metric, parts: {name: number}, unparsed: number of answers in which the rule found nothing}"""
+    if any(item["truth"] is None for item in items):
+        return {"score": None, "metric": "not scored here: no right answers in --data; submit these",
+                "parts": {}, "unparsed": 0}
+    return TASKS[task].score(items, answers)
+
+
+def write(task, path, items, answers):
+    """Write the answers as the benchmark's server or its own script reads them."""
+    TASKS[task].write(Path(path), list(zip(items, answers, strict=True)))
+
+
+def json_entries(path, key=None):
+    """Yields (where, number or name, entry) of a JSON list or object, or of the list under `key`."""
+    value = read_json(path, (dict, list))
+    if key:
+        value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, list):
+            raise UserError(f"{path}: expected an object with a list under {key!r}")
+    for name, entry in value.items() if isinstance(value, dict) else enumerate(value, 1):
+        yield f"{path}, entry {name}", name, entry
+
+
+def table_rows(path, delimiter):
+    """-> [(where, number, {heading: cell})] of a table whose first line holds the headings"""
+    csv.field_size_limit(2 ** 31 - 1)                     # a cell may hold a picture
+    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+    with expect("a table", path):
+        return [(f"{path}, line {reader.line_num}", number, row) for number, row in enumerate(reader, 1)]
+
+
+@contextmanager
+def expect(fields, where):
+    """An entry without the expected fields, or with others in their place, becomes a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise UserError(f"{where}: expected {fields} ({error!r})") from None
+
+
+def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **more):
+    """truth: None, a text, or a list of texts; with choices {letter: text} one of the letters"""
+    truths = truth if isinstance(truth, list) else [] if truth is None else [truth]
+    if truth == [] or not all(isinstance(text, str) for text in (question, *(choices or {}).values(), *truths)):
+        raise ValueError("a text is missing")
+    if choices and truth not in (None, *choices):
+        raise ValueError(f"answer {truth!r} is none of {', '.join(choices)}")
+    return {"id": item_id, "question": question, "image": image, "truth": truth, "choices": choices,
+            "kinds": [str(kind) for kind in kinds if kind]} | more
+
+
+def with_choices(question, choices):
+    return question + "".join(f"\n{letter}. {choice}" for letter, choice in choices.items())
+
+
+def read_vqa(path, annotations=None, *, key="questions", id_key="question_id", image_key="image_id", image_type=int):
+    """VQAv2, OKVQA; with other keys VizWiz and TextVQA. The human answers are in the same file or in a second one."""
+    def truth_and_kinds(entry, answers):
+        truth = answers and [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
+        return truth, (entry.get("answer_type"), entry.get("question_type"))
+
+    annotated = {}
+    for where, _, entry in json_entries(annotations, "annotations") if annotations else ():
+        with expect("question_id, answers", where):
+            annotated[entry["question_id"]] = truth_and_kinds(entry, entry["answers"])
+    for where, _, entry in json_entries(path, key):
+        with expect(f"question, {image_key}, {id_key}, perhaps answers", where):
+            if annotations and entry[id_key] not in annotated:
+                raise UserError(f"{annotations}: no answer to question {entry[id_key]} of {path}")
+            truth, kinds = annotated[entry[id_key]] if annotations else truth_and_kinds(entry, entry.get("answers"))
+            yield new_item(entry[id_key], entry["question"], image_type(entry[image_key]), truth, kinds)
+
+
+def read_gqa(path):
+    for where, name, entry in json_entries(path):
+        with expect("question, imageId, perhaps answer, types", where):
+            types = entry.get("types") or {}
+            kinds = types.get("structural"), types.get("semantic")
+            yield new_item(name, entry["question"], entry["imageId"], entry.get("answer"), kinds)
+
+
+def read_captions(path):
+    """COCO's {images, annotations} (NoCaps, with domains); Karpathy's {images: [{split, sentences}]}, only the split
+    test (Flickr30k, COCO); BLIP's list of {image, caption} (COCO)"""
+    content, annotated = read_json(path, (list, dict)), {}
+    for where, _, entry in json_entries(path, "annotations") if "annotations" in content else ():
+        with expect("image_id, caption", where):
+            annotated.setdefault(entry["image_id"], []).append(entry["caption"])
+    for where, _, entry in json_entries(path, None if isinstance(content, list) else "images"):
+        with expect("image, caption; or filename, split, sentences; or id, file_name, annotations of this id", where):
+            if annotated:
+                image, image_id, captions = entry["file_name"], entry["id"], annotated[entry["id"]]
+            elif "sentences" in entry:
+                if entry["split"] != "test":
+                    continue
+                image, image_id = entry["filename"], entry.get("cocoid", entry.get("imgid"))
+                image, captions = f"{entry.get('filepath', '.')}/{image}", [text["raw"] for text in entry["sentences"]]
+            else:
+                image, image_id, captions = entry["image"], entry.get("image_id"), entry["caption"]
+            if image_id is None:
+                digits = re.search(r"\d+$", Path(image).stem)                 # COCO_val2014_000000391895.jpg
+                image_id = int(digits[0]) if digits else image
+            captions = [captions] if isinstance(captions, str) else list(captions)
+            yield new_item(image_id, "", (image, Path(image).name), captions, [entry.get("domain")])
+
+
+def read_pope(path):
+    for number, line in enumerate(read_text(path).strip().split("\n"), 1):
+        with expect("question_id, image, text, label yes or no", f"{path}, line {number}"):
+            entry = json.loads(line)
+            truth = {"yes": "yes", "no": "no"}[entry["label"]]
+            yield new_item(entry["question_id"], entry["text"], entry["image"], truth)
+
+
+def read_mme(folder):
+    """A folder for each task: a text of two questions for each picture, beside it or in questions_answers_YN/"""
+    files = [(task, path) for task in scores.PERCEPTION + scores.COGNITION
+             for path in sorted(Path(folder, task).rglob("*.txt"))]
+    for task, path in files:
+        with expect("two lines, each a question, a tab, Yes or No", path):
+            first, second = (line.split("\t") for line in read_text(path).strip().split("\n"))
+            images = f"{task}/{path.stem}", f"{task}/images/{path.stem}"
+            for original, truth in (first, second):
+                yield new_item(images[0], original.replace("Please answer yes or no.", "").strip(), images,
+                               {"Yes": "yes", "No": "no"}[truth.strip()], [task], original=original)
+
+
+def read_mmbench(path):
+    """Circular evaluation: a question is asked once for each rotation of its choices; each rotation adds 1,000,000 to
+    the index. A file with such indices has the rotations already and is read as it is."""
+    rows = table_rows(path, "\t")
+    images = {row.get("index"): row.get("image") for _, _, row in rows}
+    has_rotations = any(len(index or "") > 6 for index in images)
+    for where, _, row in rows:
+        with expect("index, question, A, B, image in base64, perhaps C, D, hint, answer", where):
+            row = {name: cell for name, cell in row.items() if cell not in (None, "", "nan")}
+            index = int(row["index"])
+            image = base64.b64decode(images.get(row["image"], row["image"]), validate=True)  # or the index of its row
+            choices = {letter: row[letter] for letter in "ABCD" if letter in row or letter in "AB"}
+            letters, texts = list(choices), list(choices.values())
+            question = "\n".join(row[name] for name in ("hint", "question") if name in row)
+            for shift in range(1 if has_rotations else len(letters)):
+                rotated = dict(zip(letters, texts[shift:] + texts[:shift]))
+                truth = letters[letters.index(row["answer"]) - shift] if "answer" in row else None
+                yield new_item(index + shift * 10 ** 6, with_choices(question, rotated), image, truth,
+                               (row.get("category"), row.get("l2-category")), rotated, group=index % 10 ** 6,
+                               original=row["question"])
+
+
+def read_seed(path):
+    """For a video the picture is the frame that LLaVA's script extracts: type_question.png"""
+    types = read_json(path).get("question_type", {})
+    for where, _, entry in json_entries(path, "questions"):
+        with expect("question_id, question, choice_a to choice_d, data_type, data_id, question_type_id", where):
+            kind, choices = entry["question_type_id"], {letter.upper(): entry[f"choice_{letter}"] for letter in "abcd"}
+            image = f"{kind}_{entry['question_id']}" if entry["data_type"] == "video" else entry["data_id"]
+            kinds = entry["data_type"], *(name for name, number in types.items() if number == kind)
+            yield new_item(entry["question_id"], with_choices(entry["question"], choices), image,
+                           entry.get("answer"), kinds, choices)
+
+
+def read_scienceqa(path):
+    """problems.json: the test questions that have a picture, worded as in LLaVA's conversion"""
+    for where, name, entry in json_entries(path):
+        with expect("question, choices, answer (a number from 0), image, split", where):
+            if entry["split"] == "test" and entry["image"]:
+                choices = dict(zip("ABCDE", entry["choices"]))
+                options = " ".join(f"({letter}) {choice}" for letter, choice in choices.items())
+                question = f"Context: {entry.get('hint') or 'N/A'}\nQuestion: {entry['question']}\nOptions: {options}"
+                truth = dict(enumerate(choices))[entry["answer"]]
+                yield new_item(name, question, f"{name}/{entry['image']}", truth, choices=choices)
+
+
+def read_mmvet(path):
+    for where, name, entry in json_entries(path):
+        with expect("question, imagename", where):
+            yield new_item(name, entry["question"], entry["imagename"])
+
+
+def read_mmvp(path):
+    """Two neighbouring lines are a pair; the picture of the n-th line is n.jpg"""
+    for where, n, row in table_rows(path, ","):
+        with expect("Question, Options as (a) .. (b) .., Correct Answer", where):
+            choices = dict(re.findall(r"\((\w)\)\s*(.*?)\s*(?=\(\w\)|$)", row["Options"]))
+            truth = row["Correct Answer"].strip(" ()").lower()
+            yield new_item(n, f"{row['Question']} {row['Options']}", n, truth, (), choices, group=(n - 1) // 2)
+
+
+def write_list(row, path, pairs):
+    write_json(path, [row(item, answer) for item, answer in pairs])
+
+
+def write_lines(row, path, pairs):
+    lines = [json.dumps(row(item, answer), ensure_ascii=False) + "\n" for item, answer in pairs]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_mmvet(path, pairs):
+    write_json(path, {item["id"]: answer for item, answer in pairs})
+
+
+def write_mme(path, pairs):
+    """A file for each task; its lines are file, question, truth, answer"""
+    path.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    for item, answer in pairs:
+        task, stem = item["id"].split("/")
+        cells = f"{stem}.txt", item["original"], item["truth"].capitalize(), " ".join(answer.split())
+        texts[task] = texts.get(task, "") + "\t".join(cells) + "\n"
+    for task, text in texts.items():
+        (path / f"{task}.txt").write_text(text, encoding="utf-8")
+
+
+def write_mmbench(path, pairs):
+    """The columns of the server's .xlsx, separated by tabs: a spreadsheet program can save them as .xlsx"""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["index", "question", *"ABCD", "prediction", "answer"])
+        for item, answer in pairs:
+            writer.writerow([item["id"], item["original"], *map(item["choices"].get, "ABCD"), answer, item["truth"]])
+
+
+write_vqa = partial(write_list, lambda item, answer: {"question_id": item["id"], "answer": normalise(answer)})
+write_vizwiz = partial(write_list, lambda item, answer: {"image": item["id"], "answer": normalise(answer)})
+write_gqa = partial(write_list, lambda item, answer: {"questionId": item["id"], "prediction": gqa_normalise(answer)})
+write_captions = partial(write_list, lambda item, answer: {"image_id": item["id"], "caption": answer})
+write_seed = partial(write_lines, lambda item, answer: {"question_id": item["id"], "prediction": answer})
+write_mmvp = partial(write_lines, lambda item, answer: {
+    "question_id": item["id"], "prompt": item["question"], "answer": f"({item['truth']})", "response": answer})
+write_llava = partial(write_lines, lambda item, answer: {
+    "question_id": item["id"], "prompt": item["question"], "text": answer, "answer_id": "", "model_id": "libra",
+    "metadata": {}})
+
+WORD = "Answer the question using a single word or phrase."
+UNANSWERABLE = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{WORD}"
+LETTER = "Answer with the option's letter from the given choices directly."
+SENTENCE = "Provide a one-sentence caption for the provided image."
+
+COCO = ("COCO_val2014_{:012d}.jpg", "COCO_test2015_{:012d}.jpg", "{:012d}.jpg", "{:012d}.png")
+SEED = ("SEED-Bench-image/{}", "SEED-Bench-video-image/{}.png", "{}", "{}.jpg", "{}.png")
+STEM, NAME = ("{}.jpg", "{}.png"), ("{}",)                # pictures are named without, or with their ending
+
+read_vizwiz = partial(read_vqa, key=None, id_key="image", image_key="image", image_type=str)
+read_textvqa = partial(read_vqa, key="data", id_key="image_id", image_type=str)   # its scorer wants the image as the id
+score_vqav2 = partial(score_each, "VQA accuracy", partial(scores.vqa_accuracy, official=True))
+score_vqa = partial(score_each, "VQA accuracy", scores.vqa_accuracy)
+score_gqa = partial(score_each, "exact match", scores.gqa_match)
+score_scienceqa = partial(score_choices, "accuracy", scores.scienceqa_letter)
+score_mmbench = partial(score_choices, "circular accuracy", scores.mmbench_letter)
+score_seed = partial(score_choices, "accuracy", scores.seed_letter)
+score_mmvp = partial(score_choices, "pairs", scores.mmvp_letter)
+
+TASKS = {       # read, prompt, score, write, images
+    "vqav2": Benchmark(read_vqa, WORD, score_vqav2, write_vqa, COCO),
+    "okvqa": Benchmark(read_vqa, WORD, score_vqa, write_vqa, COCO),
+    "gqa": Benchmark(read_gqa, WORD, score_gqa, write_gqa, STEM),
+    "vizwiz": Benchmark(read_vizwiz, UNANSWERABLE, score_vqa, write_vizwiz, NAME),
+    "textvqa": Benchmark(read_textvqa, WORD, score_vqa, write_llava, STEM),
+    "scienceqa": Benchmark(read_scienceqa, LETTER, score_scienceqa, write_llava, ("{}", "test/{}")),
+    "nocaps": Benchmark(read_captions, SENTENCE, score_captions, write_captions, NAME),
+    "flickr30k": Benchmark(read_captions, SENTENCE, score_captions, write_captions, NAME),
+    "coco": Benchmark(read_captions, SENTENCE, score_captions, write_captions, NAME),
+    "pope": Benchmark(read_pope, WORD, scores.score_pope, write_llava, NAME),
+    "mme": Benchmark(read_mme, WORD, scores.score_mme, write_mme, STEM),
+    "mmbench": Benchmark(read_mmbench, LETTER, score_mmbench, write_mmbench),
+    "mmbench-cn": Benchmark(read_mmbench, "请直接回答选项字母。", score_mmbench, write_mmbench),
+    "seed": Benchmark(read_seed, LETTER, score_seed, write_seed, SEED),
+    "mm-vet": Benchmark(read_mmvet, None, None, write_mmvet, NAME),
+    "mmvp": Benchmark(read_mmvp, "Answer this question concisely.", score_mmvp, write_mmvp, STEM),
+    "exact": Benchmark(read_vqa, WORD, toy.score_exact, write_vqa, COCO),       # these two: the toy world
+    "statements": Benchmark(read_captions, "Describe the image.", toy.score_statements, write_captions, NAME),
+}

@@ -1,0 +1,1 @@
+"""What every room needs: weight files and settings, command lines, plots."""

@@ -1,0 +1,35 @@
+"""Opening picture files: what Pillow can read becomes an upright 8-bit RGB picture, else one sentence says why."""
+import io
+import struct
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.weights import UserError, error_text
+
+# What Pillow raises on damaged files.
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
+
+
+def open_image(source):
+    """A file or a PIL image -> RGB PIL image: EXIF rotation is applied, transparent parts become white, 16 bits become
+    8. UserError where the file is missing, no picture, cut off or a decompression bomb."""
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image.load()
+        with suppress(*DAMAGED):                          # damaged EXIF data does not cost the picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):             # 16-bit integers or floats: convert() would clip them
+            grey = np.asarray(image, dtype=np.float32)
+            white = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() < 2 else 255
+            image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (Image.DecompressionBombError, *DAMAGED) as error:
+        source = "a picture in memory" if isinstance(source, io.BytesIO) else source
+        raise UserError(f"{source}: cannot be read as a picture ({error_text(error)})") from None

@@ -1,0 +1,82 @@
+"""From logits to ids, and decoding steps as CUDA graphs: what token-by-token generation needs of any model."""
+import functools
+import math
+
+import torch
+
+from common.weights import UserError
+
+
+class Sampler:
+    """Greedy at temperature 0. Else row i has a generator of its own, seeded seed + i: a row of a batch gets what it
+    would get alone."""
+
+    def __init__(self, rows, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(f"sampling: temperature {temperature} and top_k {top_k} must be 0 or more, "
+                            f"top_p {top_p} in (0, 1]")
+        self.temperature = temperature if temperature > 1e-4 else 0.0
+        self.top_k, self.top_p = top_k, top_p
+        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+    def __call__(self, logits, rows):
+        """logits (len(rows), V) -> ids (len(rows),) on the CPU"""
+        if self.temperature == 0:
+            return logits.argmax(-1).cpu()
+        p, ids = (logits.float().cpu() / self.temperature).softmax(-1).sort(-1, descending=True)
+        if self.top_k:
+            p[:, self.top_k:] = 0
+        p[p.cumsum(-1) - p > self.top_p * p.sum(-1, keepdim=True)] = 0                        # the first always stays
+        chosen = [torch.multinomial(p_row, 1, generator=self.generators[row]) for p_row, row in zip(p, rows)]
+        return ids.gather(-1, torch.stack(chosen))[:, 0]
+
+
+class Step:
+    """One more token for every row. On a GPU, where starting a thousand small kernels takes longer than they run, the
+    step is captured as one CUDA graph and replayed.
+
+    run: a function of no arguments that reads `streams` and `caches` -> hidden states (B, 1, D)
+    """
+
+    def __init__(self, run, streams, caches):
+        self.run, self.streams, self.caches, self.calls = run, streams, caches, 0
+
+    def __call__(self, text_ids, image_ids):
+        """The ids of the rows that are text and image now -> hidden states (B, D)"""
+        self.streams.text_ids.copy_(text_ids)
+        self.streams.image_ids.copy_(image_ids)
+        self.calls += 1
+        if self.calls == CAPTURE_AFTER.get(self.streams.text_ids.device.type):
+            for cache in self.caches.values():
+                cache.fix_shapes()
+            self.run = capture_cuda_graph(self.run, self.streams.text_ids.device)
+        hidden = self.run()[:, 0]
+        for cache in self.caches.values():
+            cache.advance([1] * len(hidden))
+        return hidden
+
+
+CAPTURE_AFTER = {"cuda": 4}    # steps: short answers end before a capture pays
+
+
+@functools.cache
+def capture_stream(device):
+    """One for all captures: libraries keep a workspace for every stream"""
+    return torch.cuda.Stream(device)
+
+
+def capture_cuda_graph(function, device):
+    """function() as one CUDA graph, whose inputs and outputs keep their addresses. It is called once more before."""
+    side, current = capture_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        function()                                        # libraries initialise themselves
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out = function()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay

@@ -1,0 +1,267 @@
+"""A plain LLaMA: one stream of tokens and causal attention (Sec. 3.1). Libra (model.py) is built from these parts.
+
+    llama = Llama.from_pretrained("Llama-2-7b-chat-hf", dtype=torch.bfloat16)
+    logits = llama(ids)                                   # (B, L) -> (B, L, V)
+
+Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V vocabulary.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.config import check_divisible, check_types, read_config
+from common.weights import UserError, assign, read_folder, shapes_only
+
+# From torch 2.11 on a Hopper GPU prefers cuDNN's attention to flash. cuDNN makes a plan for every new length, and every
+# batch of chats has a new one; under a mask its gradients can be NaN.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of config.json; the defaults are LLaMA-2-7B's."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0                          # 0: as many as attention heads
+    head_dim: int = 0                                     # 0: hidden_size / attention heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        check_types(self, "config", at_least={"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0})
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        check_divisible(self.num_attention_heads, self.num_key_value_heads, "heads share key-value heads evenly")
+        check_divisible(self.head_dim, 2, "RoPE rotates pairs of dimensions")
+
+    @classmethod
+    def from_file(cls, path, sizes=None, **changes):
+        """path: config.json. sizes: fields for a file that lacks them. changes: fields that override the file's."""
+        return read_config(cls, path, sizes or {}, changes)
+
+
+# ---------------------------------------------------------------- norm, positions, gate
+
+def rms_norm(x, weight, eps):
+    """x (..., D), weight (D,) -> x / rms(x) * weight. The mean square is computed in float32 or finer."""
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return h.to(x.dtype) * weight.to(x.dtype)
+
+
+def rope_tables(config, positions, dtype):
+    """Positions (...) -> cos, sin (..., d), float32 or finer; sin is negative in the first half, for apply_rope. Angles
+    are float32, as in the published model."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[..., None].float() * config.rope_theta ** -exponents
+    cos, sin = (f(angles.to(torch.promote_types(dtype, torch.float32))) for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def apply_rope(x, rope):
+    """x (B, H, L, d) in halves (a, b) -> (a cos - b sin, b cos + a sin), the layout of Hugging Face"""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def linear(x, weight):
+    """x W^T. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a batch
+    of 16 blocks (docs/speed.md)."""
+    one_row = x.is_cpu and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+    if not one_row or len(weight) % 16:
+        return F.linear(x, weight)
+    blocks = weight.view(16, -1, weight.shape[1])                                             # (16, out / 16, in)
+    return torch.bmm(x.view(1, 1, -1).expand(16, -1, -1), blocks.mT).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def __init__(self, size_in, size_out):
+        super().__init__(size_in, size_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+# ---------------------------------------------------------------- attention and its cache
+
+def causal_attention(q, k, v, mask=None):
+    """q (B, H, L, d), k and v (B, H_kv, L_k, d) -> (B, H, L, d), on torch's fused kernels.
+
+    Without a mask a single query sees all keys, and L = L_k queries see the keys up to their own position.
+    mask: bool, True where a query sees a key, broadcast to (B, H, L, L_k).
+    """
+    if q.is_cuda and mask is not None and q.shape[1] != k.shape[1]:       # no fast kernel for grouped heads and a mask
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if mask is not None or q.shape[2] == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+class KVCache:
+    """Static buffers for the keys and values of every layer; each row is stored from position 0 on. Use: one forward
+    pass over the prompts, `advance`, then passes of one token, `advance` after each."""
+
+    def __init__(self, config, rows, length, like):
+        """length: most positions of a row; like: a tensor of the wanted device and dtype"""
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape).unbind(), like.new_zeros(shape).unbind()
+        self.lengths, self.filled = [0] * rows, 0                                 # of each row; of the longest
+        self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
+        self.next, self.mask, self.fixed = torch.zeros((), device=like.device), None, False
+
+    def update(self, layer, k, v):
+        """Store new keys and values (B, H_kv, L, d). -> all keys, all values, mask for causal_attention"""
+        keys, values = self.keys[layer], self.values[layer]
+        for buffer, new in ((keys, k), (values, v)):
+            if self.mask is None:                         # the prompts, or one token for rows of equal length
+                buffer[:, :, self.filled:self.filled + new.shape[2]] = new
+            else:
+                buffer[self.rows, :, self.next[:, 0, 0]] = new[:, :, 0].to(buffer.dtype)
+        if not self.filled:
+            return k, v, None
+        end = len(self.places) if self.fixed else self.filled + 1
+        return keys[:, :, :end], values[:, :, :end], self.mask
+
+    def advance(self, counts):
+        """counts: tokens that each row has gained. Prepares positions (B, 1, 1) and, for rows of different lengths, the
+        mask (B, 1, 1, keys) of the next token."""
+        if not self.filled:
+            self.next = torch.tensor(counts, device=self.places.device)[:, None, None]
+        else:
+            self.next += 1                                # in place: a CUDA graph reads it at this address
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        self.filled = max(self.lengths)
+        if self.fixed:
+            self.mask.copy_((self.places <= self.next)[:, None])
+        elif len(set(self.lengths)) > 1:
+            self.mask = (self.places[:self.filled + 1] <= self.next)[:, None]
+
+    def fix_shapes(self):
+        """From now on queries see the whole buffers under a mask, so that no shape and no address changes."""
+        if not self.fixed:
+            self.fixed, self.mask = True, (self.places <= self.next)[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, width)
+        self.k_proj = Linear(c.hidden_size, kv_width)
+        self.v_proj = Linear(c.hidden_size, kv_width)
+        self.o_proj = Linear(width, c.hidden_size)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)                    # (B, heads, L, d)
+
+    def forward(self, x, rope, cache=None, layer=0):
+        """x (B, L, D) -> (B, L, D)"""
+        q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, mask = apply_rope(q, rope), apply_rope(k, rope), None
+        if cache is not None:
+            k, v, mask = cache.update(layer, k, v)
+        return self.o_proj(causal_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+# ---------------------------------------------------------------- a layer, the model
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, attention=Attention, feed_forward=FeedForward):
+        super().__init__()
+        self.self_attn, self.mlp = attention(config), feed_forward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config, block=Block):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def hidden_states(self, ids, cache=None):
+        """ids (B, L), the prompts or, behind a cache, one token a row -> (B, L, D) after the final norm"""
+        start = 0 if cache is None else cache.next
+        positions = start + torch.arange(ids.shape[1], device=ids.device)
+        rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
+        x = self.model.embed_tokens(ids)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rope, cache, layer)
+        return self.model.norm(x)
+
+    def forward(self, ids, cache=None):
+        """-> logits (B, L, V)"""
+        return self.lm_head(self.hidden_states(ids, cache))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        """A Hugging Face LLaMA folder. dtype: as stored unless given."""
+        with shapes_only():
+            llama = cls(LlamaConfig.from_file(Path(folder) / "config.json"))
+        assign(llama, read_llama_tensors(folder, llama.config, dtype), folder)
+        return llama.tie_weights().to(device)
+
+    def tie_weights(self):
+        """After loading: the output matrix is the embedding again, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
+
+def read_llama_tensors(folder, config, dtype):
+    """-> {name: tensor}, with lm_head where it is tied to the embedding. Buffers of older code are dropped."""
+    def keep(name):
+        return None if name.endswith(("_placeholder", "rotary_emb.inv_freq")) else name
+    tensors = read_folder(folder, dtype, keep)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise UserError(f"{folder}/config.json: tie_word_embeddings is true, but the file's lm_head differs from "
+                            "its embedding")
+    if len(dtypes := {str(t.dtype) for t in tensors.values() if t.is_floating_point()}) > 1:
+        raise UserError(f"{folder}: its weights are of several types ({', '.join(sorted(dtypes))}): give one as dtype")
+    return tensors

@@ -1,0 +1,1 @@
+"""The small world of `make demo`: pictures, stand-ins, report, ablations."""

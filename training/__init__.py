@@ -1,0 +1,1 @@
+"""What every trainer needs and no paper mentions: processes, checkpoints, the plan."""
