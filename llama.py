@@ -51,10 +51,8 @@ class LlamaConfig:
 # ---------------------------------------------------------------- norm, positions, gate
 
 def rms_norm(x, weight, eps):
-    """x (..., D), weight (D,) -> x / rms(x) * weight. The mean square is computed in float32 or finer."""
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return h.to(x.dtype) * weight.to(x.dtype)
+    """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight, the mean in float32 or finer"""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def rope_tables(config, positions, dtype):
