@@ -37,14 +37,29 @@ def read_text(path):
         raise UserError(f"{path}: cannot be read as text ({error_text(error)})") from None
 
 
+def parse_json(text):
+    """str or bytes -> value. Whatever is wrong with it (nested too deep, a number of 5,000 digits too) is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def read_json(path, kind=dict):
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        value = parse_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, kind):
         raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'object or list'}")
     return value
+
+
+def inside(folder, name):
+    """-> folder / name. UserError if the name's text leads out of the folder; where links lead does not matter."""
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+        raise UserError(f"{name} leads out of the folder {folder}; expected a path inside it")
+    return Path(folder) / name
 
 
 def write_json(path, value):
