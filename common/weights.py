@@ -38,7 +38,7 @@ def read_text(path):
 
 
 def parse_json(text):
-    """str or bytes -> value. Whatever is wrong with it (nested too deep, a number of 5,000 digits too) is a ValueError."""
+    """str or bytes -> value. ValueError for anything wrong, endless nesting and numbers of 5,000 digits among it."""
     try:
         return json.loads(text)
     except RecursionError:
