@@ -281,8 +281,14 @@ class Libra(Llama):
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
             e_c = signal_by_token(signal, len(ids)).to(e_d.dtype)
-        x_image = torch.cat([e_d, e_c], dim=-1)                                               # Eq. 9
-        return m.embed_tokens(streams.text_ids), m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
+        # Under autocast embeddings are float32 and products bfloat16: the layers get the type of the products, as they
+        # do when all weights are bfloat16.
+        device, dtype = ids.device.type, e_d.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x_image = torch.cat([e_d, e_c], dim=-1).to(dtype)                                     # Eq. 9
+        image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
+        return m.embed_tokens(streams.text_ids).to(dtype), image
 
     def hidden(self, streams, signal=None, caches=None):
         """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""

@@ -82,6 +82,22 @@ def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("script", ["pretrain.py", "sft.py"])
+def test_engines_agree_in_bfloat16(toy, pretrain, base, tmp_path, script):
+    """One type for all products and residuals: the first loss is equal to the bit, then rounding in AdamW differs."""
+    words = pretrain if script == "pretrain.py" else [
+        "--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images", "--batch 6 --lr 1e-3"]
+    losses = {}
+    for kind in ("ddp", "zero", "fsdp"):
+        run(script, *words, "--dtype bfloat16 --steps 3 --warmup 1 --engine", kind, "--out", tmp_path / kind)
+        losses[kind] = [line["loss"] for line in log(tmp_path / kind)]
+    for kind in ("zero", "fsdp"):
+        assert losses[kind][0] == losses["ddp"][0]
+        assert losses[kind] == pytest.approx(losses["ddp"], rel=2e-3)
+    run(script, *words, "--steps 1 --warmup 1 --out", tmp_path / "float32")
+    assert losses["ddp"][0] == pytest.approx(log(tmp_path / "float32")[0]["loss"], rel=5e-3)
+
+
 def test_fsdp_on_one_process_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
