@@ -1,23 +1,14 @@
-"""Rows beside those of the model itself: transformers, the image tokenizer, reading pictures, a whole step on a GPU."""
-import io
-import json
-import tempfile
+"""Rows beside those of the model itself: transformers, the image tokenizer, a whole step on a GPU."""
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-import sentencepiece
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.baselines import products_alone
 from bench.measure import measure
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
-from data import SampleBuilder, make_loader, open_source
 from generate import generate
 from model import LibraConfig
-from text import Text
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.plan import CLIP_L
 
@@ -70,45 +61,6 @@ def image_tokenizer(args, size):
     for name, call in (("encode", partial(tokenizer.encode, pixels)), ("decode", partial(tokenizer.decode, ids))):
         measure(args, f"image tokenizer, {name}", {"ours": call, "products alone": products_alone(tokenizer, call)},
                 len(pixels), "images/s")
-
-
-def write_pictures(folder, count):
-    """JPEG files of 500 x 400 pixels, captions.json and tokenizer.model -> the JPEG files' bytes"""
-    names, caption = [f"{i}.jpg" for i in range(count)], "a large red circle in the top left"
-    for name in names:
-        Image.effect_noise((63, 50), 100).convert("RGB").resize((500, 400)).save(folder / name, quality=90)
-    (folder / "captions.json").write_text(json.dumps([{"image": name, "caption": caption} for name in names]))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([caption] * 4), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
-    return [(folder / name).read_bytes() for name in names]
-
-
-def decode_jpegs(files):
-    pictures = [Image.open(io.BytesIO(file)).resize((336, 336), Image.Resampling.BICUBIC) for file in files]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-
-
-def reading(args, size, count=128):
-    """From files to batches, without a worker and with one, against a DataLoader that only decodes and scales"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                              # as in a worker
-    with tempfile.TemporaryDirectory() as folder:
-        files, text = write_pictures(Path(folder), count), Text(f"{folder}/tokenizer.model")
-        config = LibraConfig(vocab_size=text.vocab_size, newline_token_id=text.newline)
-        source, builder = open_source(f"{folder}/captions.json", folder), SampleBuilder(text, config, 336, 700)
-        for workers in (0, 1):
-            ours = iter(make_loader([source], builder, 16, 16, 0, workers=workers)[0])
-            bare = torch.utils.data.DataLoader(files, 16, num_workers=workers, collate_fn=decode_jpegs,
-                                               persistent_workers=workers > 0)
-            measure(args, f"reading pictures, {workers} workers", {
-                "ours": partial(take, ours, count // 16), "DataLoader and PIL": partial(list, bare)}, count, "images/s",
-                memory=False)
-    torch.set_num_threads(threads)
-
-
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
 
 
 def pretraining(args, size):

@@ -90,37 +90,28 @@ def write_evaluation(folder, count, seed):
             image = first_id + number
             Image.fromarray(world.render(scene, random)).save(folder / "images" / f"{image:012d}.png")
             entries.append((image, kind, n_objects, question, answer, world.full_caption(scene)))
-        for name, content in question_files(entries, np.random.default_rng([seed, 9])).items():
-            write_json(folder / f"{split.replace(' ', '_')}_{name}.json", content)
+        stem = f"{folder}/{split.replace(' ', '_')}_"
+        write_vqa(stem, [(image, image, f"{kind}/{n}", question, answer)
+                         for image, kind, n, question, answer, _ in entries])
+        captions = [(image, caption) for image, *_, caption in entries]
+        write_json(f"{stem}captions.json", [{"image": f"images/{image:012d}.png", "image_id": image,
+                                             "caption": [caption]} for image, caption in captions])
         pope = [{"question_id": n, "image": f"{image:012d}.png", "text": question, "label": answer}
                 for n, (image, _, _, question, answer, _) in enumerate((e for e in entries if e[1] == "exist"), 1)]
-        (folder / f"{split.replace(' ', '_')}_pope.json").write_text("".join(json.dumps(q) + "\n" for q in pope))
+        Path(f"{stem}pope.json").write_text("".join(json.dumps(question) + "\n" for question in pope))
 
 
-def question_files(entries, random):
-    """Questions and annotations as VQAv2's and as GQA's, captions as COCO Karpathy's, and the questions that have three
-    other answers to choose from as SEED-Bench's. -> {name: JSON}"""
-    questions, annotations, captions, gqa, choices = [], [], [], {}, []
-    for image, kind, n_objects, question, answer, caption in entries:
-        questions.append({"image_id": image, "question": question, "question_id": image})
-        annotations.append({
-            "image_id": image, "question_id": image, "question_type": f"{kind}/{n_objects}",
-            "answer_type": "yes/no" if kind == "exist" else "other", "multiple_choice_answer": answer,
-            "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]})
-        captions.append({"image": f"images/{image:012d}.png", "image_id": image, "caption": [caption]})
-        gqa[str(image)] = {"question": question, "imageId": f"{image:012d}", "answer": answer,
-                           "types": {"structural": kind, "semantic": str(n_objects)}}
-        others = sorted({entry[4] for entry in entries if entry[1] == kind} - {answer})
-        if len(others) >= 3:
-            texts = [others[i] for i in random.choice(len(others), 3, replace=False)]
-            position = int(random.integers(4))
-            texts.insert(position, answer)
-            choices.append({"question_id": image, "question_type_id": world.KINDS.index(kind), "data_type": "image",
-                            "data_id": f"{image:012d}", "answer": "ABCD"[position], "question": question,
-                            **{f"choice_{letter}": text for letter, text in zip("abcd", texts)}})
-    kinds = {kind: number for number, kind in enumerate(world.KINDS)}
-    return {"questions": {"questions": questions}, "annotations": {"annotations": annotations}, "captions": captions,
-            "gqa": gqa, "seed": {"questions": choices, "question_type": kinds}}
+def write_vqa(stem, entries):
+    """Files in VQAv2's format, stem + questions.json and annotations.json. entries: (question id, image id, kind,
+    question, answer)"""
+    questions = [{"image_id": image, "question": question, "question_id": number}
+                 for number, image, _, question, _ in entries]
+    annotations = [{"image_id": image, "question_id": number, "question_type": kind,
+                    "answer_type": "yes/no" if answer in ("yes", "no") else "other", "multiple_choice_answer": answer,
+                    "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]}
+                   for number, image, kind, _, answer in entries]
+    write_json(f"{stem}questions.json", {"questions": questions})
+    write_json(f"{stem}annotations.json", {"annotations": annotations})
 
 
 def train_sentencepiece(folder, seed):

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from common.cli import TOY, Help, run
-from common.weights import write_json
+from toy.make import write_vqa
 
 SIDE, SCALE = 56, 4                                       # pixels; objects are drawn 4 times as large, then scaled down
 RADIUS = {"small": 6 * SCALE, "large": 11 * SCALE}
@@ -63,18 +63,14 @@ def main():
     parser.add_argument("--out", type=Path, default=TOY / "foreign", help="folder")
     args = parser.parse_args()
     (args.out / "images").mkdir(parents=True, exist_ok=True)
-    questions, annotations = [], []
+    entries = []
     for image, (line, *pairs) in enumerate(SCENES):
         objects = line.split(", ")
         render(objects, image).save(args.out / "images" / f"{image:012d}.png")
-        for number, (question, answer) in enumerate((pair.split("? ") for pair in pairs), len(questions)):
-            questions.append({"image_id": image, "question": question + "?", "question_id": number})
-            annotations.append({"image_id": image, "question_id": number, "question_type": f"foreign/{len(objects)}",
-                                "multiple_choice_answer": answer,
-                                "answers": [{"answer": answer, "answer_id": n} for n in range(1, 11)]})
-    write_json(args.out / "questions.json", {"questions": questions})
-    write_json(args.out / "annotations.json", {"annotations": annotations})
-    print(f"{len(SCENES)} pictures, {len(questions)} questions in {args.out}")
+        for question, answer in (pair.split("? ") for pair in pairs):
+            entries.append((len(entries), image, f"foreign/{len(objects)}", question + "?", answer))
+    write_vqa(f"{args.out}/", entries)
+    print(f"{len(SCENES)} pictures, {len(entries)} questions in {args.out}")
 
 
 if __name__ == "__main__":
