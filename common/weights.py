@@ -58,7 +58,8 @@ def read_json(path, kind=dict):
 
 def inside(folder, name):
     """-> folder / name. UserError if the name's text leads out of the folder; where links lead does not matter."""
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+    name = os.path.normpath(name)
+    if os.path.isabs(name) or name.split(os.sep)[0] == "..":
         raise UserError(f"{name} leads out of the folder {folder}; expected a path inside it")
     return Path(folder) / name
 
