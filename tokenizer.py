@@ -10,6 +10,7 @@ Letters: B images, K codebooks of N codes, G = grid side, C = width of E_c, R = 
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,8 @@ from common.weights import UserError, assign, read_folder, read_json, save_tenso
 # ---------------------------------------------------------------- pixels
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
-
-
-def clip_mean_std(like):
-    return (like.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
 
 def prepare(image, resolution, square=True):
@@ -52,20 +50,17 @@ def prepare(image, resolution, square=True):
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                 # (3, R, R)
-    mean, std = clip_mean_std(pixels)
-    return (pixels - mean) / std
+    return (pixels - MEAN.to(pixels)) / STD.to(pixels)
 
 
 def to_rgb(pixels):
     """CLIP-normalised pixels (B, 3, R, R) -> [-1, 1], the range of the VQGAN"""
-    mean, std = clip_mean_std(pixels)
-    return 2 * (pixels * std + mean) - 1
+    return 2 * (pixels * STD.to(pixels) + MEAN.to(pixels)) - 1
 
 
 def to_pixels(rgb):
     """The inverse of to_rgb"""
-    mean, std = clip_mean_std(rgb)
-    return ((rgb + 1) / 2 - mean) / std
+    return ((rgb + 1) / 2 - MEAN.to(rgb)) / STD.to(rgb)
 
 
 def to_picture(rgb):
@@ -192,8 +187,7 @@ QUANTIZERS = {"lfq": LFQ, "vq": VQ}
 
 # ---------------------------------------------------------------- VQGAN: taming-transformers' layers and names
 
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -228,10 +222,6 @@ def middle(width, heads):
                                      block_2=ResBlock(width, width)))
 
 
-def upsample(width, size):
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample((size, size)), conv=nn.Conv2d(width, width, 3, padding=1)))
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where attn_resolutions has that resolution"""
 
@@ -260,7 +250,9 @@ class Decoder(nn.Module):
         for i in reversed(range(len(c.ch_mult))):
             level = Level(width, c.ch * c.ch_mult[i], c.num_res_blocks + 1, size, c)
             width, size = c.ch * c.ch_mult[i], 2 * size
-            level.upsample = upsample(width, c.resolution if i == 1 else size) if i else nn.Identity()
+            side = c.resolution if i == 1 else size
+            level.upsample = nn.Identity() if i == 0 else nn.Sequential(OrderedDict(
+                nearest=nn.Upsample((side, side)), conv=nn.Conv2d(width, width, 3, padding=1)))
             levels.insert(0, level)                                                           # up.0 is the finest
         self.up = nn.ModuleList(levels)
         self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
@@ -321,10 +313,11 @@ class ImageTokenizerConfig:
     def __post_init__(self):
         check_fields(self)
         c, clip = self, make_config(ClipConfig, self.clip, "clip")
+        c.clip = asdict(clip)
         side, layers = clip.image_size // clip.patch_size, clip.num_hidden_layers
         for fits, problem in (
                 (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
-                (c.quantizer in QUANTIZERS, f"quantizer is {c.quantizer!r}, expected one of {list(QUANTIZERS)}"),
+                (c.quantizer in QUANTIZERS, f"quantizer is {c.quantizer!r}, expected lfq or vq"),
                 ((clip.image_size, side) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do "
                  f"not fit a CLIP of {clip.image_size} pixels and patches of {clip.patch_size}"),
                 (c.select_layers and max(c.select_layers) <= layers, f"select_layers are {list(c.select_layers)}, but "
@@ -341,14 +334,6 @@ class ImageTokenizerConfig:
     @property
     def signal_size(self):                                                                    # C
         return self.z_channels if self.encoder == "scratch" else self.clip["hidden_size"] * len(self.select_layers)
-
-
-def full_precision(method):
-    """No autocast in here: an id is a sign, and bfloat16 would turn 2 % of them over, in training and not later."""
-    def without_autocast(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return method(self, x.to(self.quant_conv.weight.dtype))
-    return without_autocast
 
 
 class ImageTokenizer(nn.Module):
@@ -368,19 +353,19 @@ class ImageTokenizer(nn.Module):
     def clip(self):
         return self.encoder.vision_tower.vision_model
 
-    @full_precision
     def signal(self, pixels):
-        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token"""
-        if self.config.encoder == "scratch":
-            return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
-        states = self.clip.hidden_states(pixels, max(self.config.select_layers))
-        return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
+        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token.
+        Without autocast, as `quantized`: a bit of an id is a sign, and bfloat16 turns about 2 % of the ids over."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            if self.config.encoder == "scratch":
+                return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
+            states = self.clip.hidden_states(pixels, max(self.config.select_layers))
+            return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
 
-    @full_precision
     def quantized(self, signal):
         """E_c (B, G*G, C) -> what LFQ.forward returns of quant_conv(E_c)"""
-        grid = (self.config.grid, self.config.grid)
-        return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, grid)))
+        with torch.autocast(signal.device.type, enabled=False):
+            return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, (self.config.grid, -1))))
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -393,7 +378,7 @@ class ImageTokenizer(nn.Module):
         """ids (B, G*G, K) -> pixels (B, 3, R, R), about [-1, 1]"""
         assert ids.min() >= 0 and ids.max() < self.config.codebook_size, "BOI and EOI are no codes"
         z = self.quantize.vectors(ids).transpose(1, 2)
-        return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, self.config.grid))))
+        return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, -1))))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
@@ -411,8 +396,6 @@ class ImageTokenizer(nn.Module):
         save_tensors(folder / "model.safetensors", self.state_dict())
 
 
-# ---------------------------------------------------------------- files
-
 def read_image_tokenizer(folder):
     """-> ImageTokenizerConfig, tensors, the path they came from"""
     if (folder / "image_tokenizer").is_dir():
@@ -426,9 +409,9 @@ def read_image_tokenizer(folder):
         return config, tensors, checkpoint
     path = folder / "config.json"
     values = read_json(path) if path.is_file() else {}
-    if "clip" not in values:
-        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer or {published.CONFIG} in it. A LLaMA "
-                        "has none: pretrain.py gives it one (--llm, --image-tokenizer)")
+    if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
+        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer, {published.CONFIG}, or config.json "
+                        f"with {min(missing)} in it. A LLaMA gets one from pretrain.py --image-tokenizer")
     return make_config(ImageTokenizerConfig, values, path), read_folder(folder, torch.float32), folder
 
 

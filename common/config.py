@@ -21,12 +21,12 @@ IGNORED = """architectures torch_dtype dtype transformers_version auto_map token
     max_window_layers gradient_checkpointing use_flash_attention max_sequence_length max_length min_length do_sample
     num_beams top_k top_p num_beam_groups temperature typical_p repetition_penalty length_penalty
     num_return_sequences"""
-# Bounds of whole numbers, where they are not 1 and 2^20. A module is built for each layer, block and codebook.
+# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook.
 LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_res_blocks": 0, "select_layers": 0,
          "codebook_size": 2, "vision_vocab_size": 3}
 MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num": 1000, "num_res_blocks": 100,
-        "ch": 2 ** 14, "ch_mult": 1000, "image_size": 2 ** 14, "image_feature_resolution": 2 ** 14,
-        "vocab_size": 2 ** 24, "max_position_embeddings": 2 ** 24}
+        "ch_mult": 1000, "vocab_size": 2 ** 24, "max_position_embeddings": 2 ** 24, "codebook_size": 2 ** 20,
+        "vision_vocab_size": 2 ** 21}
 
 
 def read_config(cls, path, sizes, changes):
@@ -83,7 +83,7 @@ def check_fields(config):
     """Fields of a dataclass have their declared types (a tuple holds whole numbers) and lie within their bounds."""
     for field in fields(config):
         value, kind, name = getattr(config, field.name), field.type, field.name
-        least, most, is_list = LEAST.get(name, 1), MOST.get(name, 2 ** 20), isinstance(value, (list, tuple))
+        least, most, is_list = LEAST.get(name, 1), MOST.get(name, 2 ** 17), isinstance(value, (list, tuple))
         fits, expected = isinstance(value, kind), kind.__name__
         if kind is float:
             fits, expected = type(value) in (int, float) and 0 < value < 1e30, "a finite number above 0"

@@ -134,14 +134,12 @@ def read_tensors(path):
             return load_file(path)
         mmap = zipfile.is_zipfile(path)                   # files from before torch 1.6 cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        tensors = dict(tensors.get("state_dict", tensors))
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: no torch file, or it holds more than tensors and could run code") from None
     except Exception as error:  # noqa: BLE001            # a cut pickle can fail in any way
         raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {str(error)[:80]}). "
                         "Is the download complete? Compare its size with the source") from None
-    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: expected named tensors in it")
     tensors, size = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}, path.stat().st_size
     for name, x in tensors.items():                       # a pickle can also repeat one number without end
         dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_quantized or x.is_nested)
@@ -176,13 +174,10 @@ def assign(module, tensors, source, may_lack=()):
     expected, floats = module.state_dict(), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     found = {name: x for name, x in tensors.items() if name in expected}
-    shapes = {name: (tuple(x.shape), tuple(expected[name].shape)) for name, x in found.items()}
-    for names, problem in (
-            (missing if missing != set(may_lack) else (), "are missing"), (unknown, "are unknown"),
-            ([f"{name} is {x.dtype}" for name, x in found.items() if x.dtype not in floats],
-             "are of a type this model does not compute with"),
-            ([f"{name} is {shape}, expected {wanted}" for name, (shape, wanted) in shapes.items() if shape != wanted],
-             "have another shape than config.json says")):
+    wrong = [f"{name} is {x.dtype} {tuple(x.shape)}, expected floats {tuple(expected[name].shape)}"
+             for name, x in found.items() if x.dtype not in floats or x.shape != expected[name].shape]
+    for names, problem in ((missing if missing != set(may_lack) else (), "are missing"), (unknown, "are unknown"),
+                           (wrong, "have another type or shape than config.json says")):
         if names:
             raise UserError(f"{source}: {len(names)} tensors {problem}: {first_few(names)}")
     widest = reduce(torch.promote_types, {x.dtype for x in found.values()})
