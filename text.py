@@ -25,7 +25,7 @@ class Text:
         self.path = check_file(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
         self.newline, self.blank = self.model.piece_to_id("<0x0A>"), self.model.piece_to_id("▁")

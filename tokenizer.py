@@ -182,9 +182,6 @@ class VQ(nn.Module):
         return torch.cat([table[ids[..., k]] for k, table in enumerate(self.tables)], dim=-1)
 
 
-QUANTIZERS = {"lfq": LFQ, "vq": VQ}
-
-
 # ---------------------------------------------------------------- VQGAN: taming-transformers' layers and names
 
 norm = partial(nn.GroupNorm, 32, eps=1e-6)
@@ -230,8 +227,8 @@ class Level(nn.Module):
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
         for i in range(n_blocks):
             self.block.append(ResBlock(c_out if i else c_in, c_out))
-            attention = size in config.attn_resolutions
-            self.attn.append(AttnBlock(c_out, config.num_attn_heads) if attention else nn.Identity())
+            attends = size in config.attn_resolutions
+            self.attn.append(AttnBlock(c_out, config.num_attn_heads) if attends else nn.Identity())
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
@@ -317,7 +314,7 @@ class ImageTokenizerConfig:
         side, layers = clip.image_size // clip.patch_size, clip.num_hidden_layers
         for fits, problem in (
                 (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
-                (c.quantizer in QUANTIZERS, f"quantizer is {c.quantizer!r}, expected lfq or vq"),
+                (c.quantizer in ("lfq", "vq"), f"quantizer is {c.quantizer!r}, expected lfq or vq"),
                 ((clip.image_size, side) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do "
                  f"not fit a CLIP of {clip.image_size} pixels and patches of {clip.patch_size}"),
                 (c.select_layers and max(c.select_layers) <= layers, f"select_layers are {list(c.select_layers)}, but "
@@ -345,7 +342,7 @@ class ImageTokenizer(nn.Module):
         self.encoder = Encoder(c) if c.encoder == "scratch" else nn.ModuleDict(
             {"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
         self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
-        self.quantize = QUANTIZERS[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
+        self.quantize = {"lfq": LFQ, "vq": VQ}[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
         self.decoder = Decoder(c)
 
