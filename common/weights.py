@@ -164,7 +164,7 @@ def select(tensors, dtype=None, keep=lambda name: name):
 def shapes_only():
     """Modules built in here have names and shapes, but no memory (torch's meta device). normal_ would import torch's
     whole compiler there, for seconds, to draw nothing."""
-    with torch.device("meta"), patch("torch.nn.init.normal_", lambda tensor, **_: tensor):
+    with torch.device("meta"), patch("torch.nn.init.normal_", lambda tensor, *_, **__: tensor):
         yield
 
 
