@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import check_divisible, check_types, read_config
+from common.config import check_divisible, check_fields, read_config
 from common.weights import UserError, assign, read_folder, shapes_only
 
 # From torch 2.11 on a Hopper GPU prefers cuDNN's attention to flash. cuDNN makes a plan for every new length, and every
@@ -36,7 +36,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        check_types(self, "config", at_least={"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0})
+        check_fields(self)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         check_divisible(self.num_attention_heads, self.num_key_value_heads, "heads share key-value heads evenly")
@@ -237,7 +237,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """A Hugging Face LLaMA folder. dtype: as stored unless given."""
+        """A Hugging Face LLaMA folder. dtype: as stored unless given, and of mixed ones the widest."""
         with shapes_only():
             llama = cls(LlamaConfig.from_file(Path(folder) / "config.json"))
         assign(llama, read_llama_tensors(folder, llama.config, dtype), folder)
@@ -257,9 +257,7 @@ def read_llama_tensors(folder, config, dtype):
     tensors = read_folder(folder, dtype, keep)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding).to(embedding.dtype), embedding):
             raise UserError(f"{folder}/config.json: tie_word_embeddings is true, but the file's lm_head differs from "
                             "its embedding")
-    if len(dtypes := {str(t.dtype) for t in tensors.values() if t.is_floating_point()}) > 1:
-        raise UserError(f"{folder}: its weights are of several types ({', '.join(sorted(dtypes))}): give one as dtype")
     return tensors

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from generate import generate
 from model import Libra, LibraConfig
 from streams import Streams
 from text import IMG, Text
-from tokenizer import LFQ, ClipViT, Decoder, ImageTokenizer, ImageTokenizerConfig, to_rgb
+from tokenizer import LFQ, ClipConfig, ClipViT, Decoder, ImageTokenizer, ImageTokenizerConfig, to_rgb
 from train_tokenizer import Discriminator, adaptive_weight, discriminator_loss, lfq_loss
 
 ABSOLUTE, GRADIENT = 1e-4, 1e-3
@@ -249,7 +250,7 @@ def case_discriminator(folder, report):
 
 def case_vqmodel(folder, report):
     c, io = json.loads((folder / "config.json").read_text()), tensors(folder / "io.safetensors")
-    clip = {name: c["clip"][name] for name in ClipViT.SIZES} | {"layer_norm_eps": c["clip"]["layer_norm_eps"]}
+    clip = {field.name: c["clip"][field.name] for field in fields(ClipConfig)}
     config = ImageTokenizerConfig(clip=clip, select_layers=c["ddconfig"]["select_layer"], embed_dim=c["embed_dim"],
                                   codebook_size=c["codebook_size"], num_codebooks=c["num_codebook"],
                                   num_attn_heads=c["ddconfig"]["num_attn_head"], **decoder_arguments(c["ddconfig"]))
@@ -301,7 +302,7 @@ def case_vqmodel(folder, report):
 @torch.no_grad()
 def case_clip(folder, report):
     c, io = json.loads((folder / "config.json").read_text()), tensors(folder / "io.safetensors")
-    clip = ClipViT(**{name: c[name] for name in ClipViT.SIZES}, layer_norm_eps=c["layer_norm_eps"])
+    clip = ClipViT(**{field.name: c[field.name] for field in fields(ClipConfig)})
     weights = tensors(folder / "model.safetensors")
     clip.load_state_dict({k.removeprefix("vision_model."): v for k, v in weights.items() if "position_ids" not in k})
     for i, (ours, theirs) in enumerate(zip(clip.hidden_states(io["pixel_values"]), io["hidden_states"], strict=True)):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.pictures import open_image
 from common.weights import UserError
+from model import Libra
 from tokenizer import MEAN_COLOUR, ImageTokenizer, prepare, to_picture, to_rgb
 from train_tokenizer import Trained, vq_loss
 
@@ -107,8 +108,23 @@ def test_ids_and_pixels_go_round(tmp_path):
     again = ImageTokenizer.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.encode(pixels), (ids, signal)))
     assert not any(p.requires_grad for p in again.parameters())
-    half = ImageTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.encode(pixels.bfloat16())[1].dtype == torch.bfloat16
+
+
+def test_ids_do_not_depend_on_the_precision(tmp_path):
+    """Training has autocast and a float32 tokenizer, inference a model in bfloat16: the ids must be the same."""
+    tiny.whole(tmp_path).save_pretrained(tmp_path)
+    pixels = torch.randn(8, 3, 32, 32)
+    models = [Libra.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.bfloat16)]
+    expected = models[0].tokenizers.image.encode(pixels)
+    for model in models:
+        images = model.tokenizers.image
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                assert all(torch.equal(a, b) for a, b in zip(images.encode(pixels), expected))
+                assert torch.equal(images.quantized(images.signal(pixels))[1].flatten(1, 2), expected[0])
+                assert images.decode(expected[0]).shape == (8, 3, 32, 32)
+    models[1].save_pretrained(tmp_path / "half")
+    assert torch.equal(ImageTokenizer.from_pretrained(tmp_path / "half").encode(pixels)[0], expected[0])
 
 
 def test_a_learned_table_takes_the_nearest_vector(tmp_path):

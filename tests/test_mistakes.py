@@ -46,9 +46,9 @@ def message_of(main, words, monkeypatch, capsys):
     (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
     (train_tokenizer.main, "--codebook-size 1", "--codebook-size: 1: expected at least 2 and at most 262144"),
     (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
-    (train_tokenizer.main, "--plan --ch 33", "ch, 33, does not divide by 32"),
+    (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),
     (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),
-    (train_tokenizer.main, "--clip tests", "tests: no config.json in it; expected a CLIP folder"),
+    (train_tokenizer.main, "--clip tests", "tests/config.json: no such file"),
     (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
     (evaluate.main, "--task gqa --data README.md --out README.md", "README.md is --data too"),
     (evaluate.main, "--task gqa --data README.md --out x.json --submission x.json", "x.json is --data too, or"),
@@ -77,7 +77,7 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
             (["--plan", "--llm", toy / "llama"], "a picture has 578 tokens")):
         words_here = words if more[0] == "--llm" else []
         assert sentence in message_of(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
-    assert "no image_size" in message_of(
+    assert "model_type is 'llama'; expected a CLIP folder" in message_of(
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
     assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
