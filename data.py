@@ -20,12 +20,14 @@ import tarfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
 from common.cli import POSITIVE, TOY, Help, run, signal_at_parents_death
 from common.pictures import open_image
@@ -364,6 +366,12 @@ def start_worker(_):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)
+    Queue._on_queue_feeder_error = hand_over_error
+
+
+def hand_over_error(queue, error, item):
+    """A batch that cannot be sent, as where /dev/shm is full, ends the trainer, which would wait for it forever."""
+    queue.put((item[0], ExceptionWrapper((type(error), error, error.__traceback__))))
 
 
 def make_loader(sources, builder, batch, micro_batch, seed, rank=0, world_size=1, workers=0, state=None, pin=False):

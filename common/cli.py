@@ -4,8 +4,10 @@ import ctypes
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from common.weights import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOY = Path("runs/toy")                                    # where `make demo` works; default paths point there
+PEERS = []                                                # the run's other processes on this machine
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -78,6 +81,8 @@ def run(main):
     """Call a script's main. An error ends it with one sentence; --debug, an option of all scripts, adds the traceback.
     Exit codes: 2 the user's mistake or the system's (a full disk), 1 any other, 130 Ctrl-C, 141 nobody reads on."""
     debug, sys.argv = "--debug" in sys.argv, [word for word in sys.argv if word != "--debug"]
+    if not debug:
+        sys.unraisablehook = lambda _: None               # what Python ignores anyway, but shows with a traceback
     try:
         main()
         if dist.is_initialized():                         # not after an error: it would wait for the other processes
@@ -89,10 +94,13 @@ def run(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sentence, code = explain(error)
         print(sentence, end="\n" * bool(sentence), file=sys.stderr, flush=True)
-        if multiprocessing.active_children() or dist.is_initialized():        # Python's own exit would wait for them
-            sys.stdout.flush()
-            os._exit(code)
-        sys.exit(code)
+        if not (multiprocessing.active_children() or dist.is_initialized()):
+            sys.exit(code)
+        sys.stdout.flush()                                # Python's own exit would wait for those that may hang
+        for process in PEERS:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        os._exit(code)
 
 
 def explain(error):
@@ -103,9 +111,12 @@ def explain(error):
         return "interrupted", 130
     if isinstance(error, BrokenPipeError):
         return "", 141
+    if isinstance(error, (ConnectionError, EOFError)):
+        return f"error: a data reader, or another process of the run, has died ({type(error).__name__})", 1
     if isinstance(error, OSError):                        # a full disk, a file where a folder should be, no permission
         return f"error: {error.filename or 'the system says'}: {error.strerror or error}", 2
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    reason = lines[-1] if "Traceback" in str(error) else lines[0]             # of a worker's error: what it ends with
-    fault = "our own fault, or the machine's" if isinstance(error, (RuntimeError, MemoryError)) else "our own fault"
-    return f"error: {type(error).__name__}: {reason} ({fault}; --debug shows where)", 1
+    lines, whose = str(error).strip().splitlines() or ["no reason given"], "our own fault"
+    reason = lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"         # a worker's, ours
+    if isinstance(error, (RuntimeError, MemoryError)) or "os error" in reason:
+        whose = "the machine's, another process's or our own fault"
+    return f"error: {reason} ({whose}; --debug shows where)", 1

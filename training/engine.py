@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import DTYPES, NATURAL, POSITIVE, SEED, TOY, bounded, check_device, signal_at_parents_death
+from common.cli import DTYPES, NATURAL, PEERS, POSITIVE, SEED, TOY, bounded, check_device, signal_at_parents_death
 from common.weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")        # one process does not need it
@@ -181,6 +181,9 @@ def init_distributed(device, timeout=10, group=False):
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
                                              timeout=timedelta(minutes=timeout),
                                              device_id=device if device.type == "cuda" else None)
+        own = socket.gethostname(), os.getpid()
+        processes = gather_lists([own], Dist(rank, size, device, torch.float32))
+        PEERS.extend(pid for host, pid in processes if host == own[0] and pid != own[1])
     return Dist(rank, size, device, torch.float32)
 
 
