@@ -4,7 +4,6 @@ Three engines, all of them torch's, share a model among processes: ddp (each pro
 AdamW's state and the float32 weights are sharded), fsdp (everything is sharded). The training loop does not know which
 one runs. A run folder holds checkpoints, log.jsonl, bad_samples.jsonl, samples/ and, at the end, the model folder.
 """
-import errno
 import fcntl
 import json
 import math
@@ -124,11 +123,10 @@ def lock(folder, dist):
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             Finalize(None, path.unlink, [True], exitpriority=0)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                other = [os.read(file, 200).decode(errors="replace")]
-            else:
-                print(f"WARNING: {path}: no lock ({error.strerror}). See that no other run uses the folder", flush=True)
+        except (BlockingIOError, PermissionError):
+            other = [os.read(file, 200).decode(errors="replace")]
+        except OSError as error:                          # a disk without locks
+            print(f"WARNING: {path}: {error.strerror}. See that no other run uses the folder", flush=True)
     if other := gather_lists(other, dist):
         raise UserError(f"--out {folder} is in use by another run, {other[0]}: wait for its end or name another --out")
 
@@ -181,9 +179,9 @@ def init_distributed(device, timeout=10, group=False):
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
                                              timeout=timedelta(minutes=timeout),
                                              device_id=device if device.type == "cuda" else None)
-        own = socket.gethostname(), os.getpid()
-        processes = gather_lists([own], Dist(rank, size, device, torch.float32))
-        PEERS.extend(pid for host, pid in processes if host == own[0] and pid != own[1])
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        processes = gather_lists([(machine, os.getpid())], Dist(rank, size, device, torch.float32))
+        PEERS.extend(pid for place, pid in processes if place == machine and pid != os.getpid())
     return Dist(rank, size, device, torch.float32)
 
 
