@@ -195,9 +195,8 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             place = sampler.state_after(step + 1 - start)
             save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping)
         checkpoints.poll()
-        numbers |= {"lr": lr} | speed(args, dist, totals, time.perf_counter() - began, flops) | {
-            "memory": engine.memory_gb(dist), "wait": wait, "save": save_seconds, "skipped": bad.bad,
-            "causes": dict(bad.causes)}
+        measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
+        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.bad, "causes": bad.causes}
         if validate and not stopping and (last or engine.is_due(step, args.val_every)):
             numbers |= validate()
         log(step + 1, numbers)
@@ -219,15 +218,6 @@ def sum_counts(rows, dist):
     """rows: counts_of this process's batches -> their sums over all processes"""
     sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0).to(dist.device)
     return dict(zip(rows[0], engine.all_reduce_sum(sums, dist).long().tolist()))
-
-
-def speed(args, dist, totals, seconds, flops):
-    """Tokens and images a second, and the share of the devices' peak FLOP/s; None where the peak is unknown"""
-    rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
-    if flops:
-        peak = engine.peak_flops(args, dist)
-        rates["peak"] = peak and sum(flops(totals).values()) / seconds / peak / dist.size
-    return rates
 
 
 # ---------------------------------------------------------------- Libra in the loop

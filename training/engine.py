@@ -361,19 +361,17 @@ def append(path, entries):
         print(f"WARNING: {path} could not be written ({error})", file=sys.stderr, flush=True)
 
 
-def memory_gb(dist):
-    """Peak so far: of the GPU, or of this process's CPU memory"""
-    if dist.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(dist.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def peak_flops(args, dist):
-    """FLOP/s of the device, from --peak or by its name; None where unknown"""
-    if args.peak or dist.device.type != "cuda":
-        return args.peak and args.peak * 1e12
-    name = torch.cuda.get_device_name(dist.device)
-    return next((tera * 1e12 for key, tera in PEAKS.items() if key in name), None)
+def speed_and_memory(args, dist, totals, seconds, flops):
+    """For the log: tokens and images a second, share of the devices' peak FLOP/s (None: not known), and the most memory
+    so far, of the GPU or else of this process, in GB"""
+    cuda = dist.device.type == "cuda"
+    rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
+    if flops:
+        name = torch.cuda.get_device_name(dist.device) if cuda else ""
+        peak = args.peak or next((tera for key, tera in PEAKS.items() if key in name), None)
+        rates["peak"] = peak and sum(flops(totals).values()) / seconds / dist.size / (peak * 1e12)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return rates | {"memory": (torch.cuda.max_memory_allocated(dist.device) if cuda else own) / 1e9}
 
 
 class BadSamples:
