@@ -24,7 +24,7 @@ from data import SampleBuilder, make_loader, make_val_loader, open_sources
 from model import Libra
 from tokenizer import to_picture, to_rgb
 from training import engine, plan
-from training.checkpoints import Checkpoints, Stop
+from training.checkpoints import Checkpoints, Stop, fingerprint
 
 
 def options():
@@ -96,6 +96,7 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     sources, held_out = (open_sources(files, args.images) for files in (args.data, args.val_data))
     if both := {source.path for source in sources} & {source.path for source in held_out}:
         raise UserError(f"--val-data {both.pop()} is in --data too: a held-out loss needs other samples")
+    frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad} if dist.first else {}
     wrapped = engine.distribute(model, blocks, args, dist)
     optimizer = engine.adamw(model.parameters(), args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -106,10 +107,10 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     validate = partial(held_out_loss, dist, wrapped, val_loader, loss, counts) if held_out else None
     if run_steps(args, dist, sources, builder, [model], [optimizer], step, counts, flops, save_samples, validate):
         tensors = engine.full_state_dict(model)
-        if dist.first:
-            model.save_pretrained(args.out, {name: tensor.to(dist.dtype) for name, tensor in tensors.items()})
+        if dist.first:                                    # the others do not wait; frozen weights keep their bits
+            model.save_pretrained(args.out, {name: frozen.get(name, tensor.to(dist.dtype))
+                                             for name, tensor in tensors.items()})
         dist.print0(f"{args.out} is a model folder")
-        engine.barrier(dist)
 
 
 def update(args, dist, wrapped, optimizer, loss, step, batches, totals):
@@ -191,9 +192,9 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             checkpoints.finish()
             raise
         stopping = stop()
-        if stopping or engine.is_due(step, args.save_every) and not last:
+        if stopping or engine.is_due(step, args.save_every) or last and args.save_every:
             place = sampler.state_after(step + 1 - start)
-            save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping)
+            save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping or last)
         checkpoints.poll()
         measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
         numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.bad, "causes": bad.causes}
@@ -226,6 +227,7 @@ def train_libra(args, dist, model, builder):
     plan.choose_engine(args, dist, model)
     model.checkpoint_activations = args.checkpoint_activations
     tokenizer = model.tokenizers.image.to(dist.device)
+    args.frozen = fingerprint(model, tokenizer)
 
     def loss(wrapped, batch):
         text, image = forward(wrapped, tokenizer, batch)

@@ -32,6 +32,7 @@ from tokenizer import (
     to_rgb,
 )
 from training import engine, plan
+from training.checkpoints import fingerprint
 
 # ---------------------------------------------------------------- losses
 
@@ -265,6 +266,7 @@ def main():
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder, torch.float32), folder)
         tokenizer.clip.requires_grad_(False)
+    args.frozen = fingerprint(tokenizer)
     tokenizer.to(dist.device)
     discriminator = Discriminator().to(dist.device)
     if bool(args.vgg) != bool(args.lpips):
@@ -284,7 +286,6 @@ def main():
         if dist.first:
             tokenizer.save_pretrained(args.out)
         dist.print0(f"{args.out} is an image tokenizer folder")
-        engine.barrier(dist)
 
 
 # ---------------------------------------------------------------- the step

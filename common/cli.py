@@ -98,8 +98,9 @@ def run(main):
             sys.exit(code)
         sys.stdout.flush()                                # Python's own exit would wait for those that may hang
         for process in PEERS:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            with suppress(OSError):                       # it is gone already
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1] == str(os.getppid()):
+                    os.kill(process, signal.SIGKILL)
         os._exit(code)
 
 

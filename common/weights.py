@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
@@ -76,10 +77,16 @@ def save_tensors(path, tensors):
 @contextmanager
 def replaced(path):
     """-> a draft to write, which then replaces the file: readers find the old or the new content, never half of it."""
-    draft = Path(f"{path}.tmp")
-    yield draft
-    fsync(draft)
-    os.replace(draft, path)
+    draft, mask = Path(f"{path}.tmp"), os.umask(0)
+    os.umask(mask)                                        # the only way to read it
+    try:
+        yield draft
+        os.chmod(draft, 0o666 & ~mask)                    # safetensors lets only the owner read
+        fsync(draft)
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error_text(error)}). Is the disk full?") from None
 
 
 def fsync(*paths):

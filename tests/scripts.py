@@ -41,8 +41,7 @@ def checkpoint_tensors(checkpoint):
     whole.unlink()
     done = json.loads((checkpoint / "done.json").read_text())
     walk({"data": done["data"], "step": done["step"]}, "done")
-    random = torch.load(checkpoint / "random-0.pt", weights_only=False)
-    walk({"torch": random["torch"], "python": random["python"]}, "random")
+    walk(json.loads((checkpoint / "random-0.json").read_text()), "random")
     return found
 
 

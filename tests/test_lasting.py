@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scripts import ROOT, TOKENIZER, Fork, log, run, start
 
 from training import engine
-from training.checkpoints import Checkpoints, Stop
+from training.checkpoints import Checkpoints, Stop, checksum_of_record
 
 ALONE = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
 ARGS = SimpleNamespace(keep=2, engine="ddp", batch=8, micro_batch=8)
@@ -213,7 +213,8 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     """By step, not by name; one that was moved aside (.old) counts until its successor is complete"""
     for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-000500.old", "checkpoint-000500.tmp"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "done.json").write_text('{"files": {}}')
+        (tmp_path / name / "done.json").write_text(json.dumps({"files": {}} | {
+            "checksum": checksum_of_record({"files": {}})}))
     found = Checkpoints(tmp_path, ARGS, ALONE).complete()
     assert [path.name for path in found] == ["checkpoint-1000000", "checkpoint-999999", "checkpoint-000500.old"]
 

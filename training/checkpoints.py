@@ -1,18 +1,21 @@
 """Checkpoints: complete or ignored, written in the background, readable by any number of processes.
 
-A checkpoint is a folder `checkpoint-XXXXXX` with torch.distributed.checkpoint's files (trained weights and AdamW's
-state, sharded), each process's random state, and `done.json`: the step, the place in the data, the size of every file.
-It is written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen weights are not saved: they
-are read again from the folders that the options name.
+A checkpoint is a folder `checkpoint-XXXXXX` with torch.distributed.checkpoint's files (trained weights, buffers and
+AdamW's state, sharded), each process's random state, and `done.json`: the step, the place in the data, the size and
+checksum of every file. It is written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen
+weights are not saved: they are read again from the folders that the options name, and must be the same.
 """
+import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,27 +23,32 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from common.weights import UserError, first_few, fsync, read_json, write_json
-from training.engine import all_ranks
+from training.engine import all_ranks, gather_lists
 
 # Options that a resumed run may change. Its data and seed are checked elsewhere: they belong to the place in the data.
 FREE = {"out", "resume", "export", "steps", "save_every", "sample_every", "keep", "seed", "lr", "warmup", "betas",
         "weight_decay", "clip_norm", "batch", "micro_batch", "device", "dtype", "workers", "max_bad", "timeout", "data",
         "images", "deterministic", "tensorboard", "engine", "checkpoint_activations", "offload", "compile", "peak",
-        "plan", "nproc", "memory", "tflops", "text_tokens", "val_data", "val_every"}
+        "plan", "nproc", "memory", "tflops", "text_tokens", "val_data", "val_every", "debug", "llm", "image_tokenizer",
+        "model", "clip_folder"}
 # Options that it may change with a warning. All others shape the model and must stay.
-WARN = {"llm", "image_tokenizer", "model", "clip_folder", "vgg", "lpips", "text_to_image", "no_caption_end",
-        "max_length", "disc_start", "disc_weight", "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
-ERRORS = (OSError, RuntimeError, CheckpointException)     # torch wraps errors of the file system
+WARN = {"vgg", "lpips", "text_to_image", "no_caption_end", "max_length", "disc_start", "disc_weight",
+        "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
+# All that a checkpoint's index (.metadata, a pickle) is made of. Anything else in it could run code.
+INDEX = {"torch.distributed.checkpoint.metadata": {
+             "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+             "StorageMeta", "_MEM_FORMAT_ENCODING"},
+         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"},
+         "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool"},
+         "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}}
 
 
 class Checkpoints:
-    OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-
     def __init__(self, out, args, dist):
         self.out, self.keep, self.dist, self.pending, self.group = Path(out), args.keep, dist, None, None
+        self.thread = ThreadPoolExecutor(1)
         self.made_by = {"processes": dist.size, "engine": args.engine, "batch": args.batch,
                         "passes of": args.micro_batch}
         self.task = {name: str(value) for name, value in vars(args).items() if name not in FREE}
@@ -50,19 +58,21 @@ class Checkpoints:
     # ------------------------------------------------------------ writing
 
     def save(self, step, models, optimizers, data_state, wait=False):
-        """Blocks only for the copy to host memory; a thread writes the files. wait: also for the files. -> seconds"""
+        """Blocks only for the copy to host memory; threads write the files. wait: also for the files. -> seconds"""
         began = time.perf_counter()
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
-        random_file = draft / f"random-{self.dist.rank}.pt"
+        random_file = draft / f"random-{self.dist.rank}.json"
         error = (self.attempt(make_empty, draft, first_only=True)
-                 or self.attempt(torch.save, random_state(), random_file))
+                 or self.attempt(lambda: write_json(random_file, random_state())))
         if error:
             self.warn_lost(draft, error)
-        else:
-            writing = dcp.async_save(self.state(models, optimizers), checkpoint_id=draft, process_group=self.group)
-            done = {"step": step, "data": data_state, "task": self.task, **self.made_by}
-            self.pending = writing, draft, final, done
+        else:                                             # with one thread every process would open a context on GPU 0
+            writing = dcp.async_save(state_of(models, optimizers), process_group=self.group,
+                                     storage_writer=dcp.FileSystemWriter(draft, thread_count=2))
+            checksums = self.thread.submit(own_checksums, writing, draft, self.dist.rank)
+            record = {"step": step, "data": data_state, "task": self.task, **self.made_by}
+            self.pending = checksums, draft, final, record
         if wait:
             self.finish()
         return time.perf_counter() - began
@@ -76,10 +86,14 @@ class Checkpoints:
         """Wait for the pending checkpoint and rename it. A full disk costs this checkpoint, not the run."""
         if not self.pending:
             return
-        (writing, draft, final, done), self.pending = self.pending, None
-        error = self.attempt(writing.result) or self.attempt(self.publish, draft, final, done, first_only=True)
+        (checksums, draft, final, record), self.pending = self.pending, None
+        if not (error := self.attempt(checksums.result)):
+            files = dict(gather_lists(list(checksums.result().items()), self.dist))
+            error = self.attempt(publish, draft, final, record | {"files": files}, first_only=True)
         if error:
             self.warn_lost(draft, error)
+        elif self.dist.first:
+            self.remove_old()
 
     def attempt(self, function, *args, first_only=False):
         """Call a function on all processes, or on the first. -> None, or an error on all if one of them failed"""
@@ -87,24 +101,18 @@ class Checkpoints:
         try:
             if self.dist.first or not first_only:
                 function(*args)
-        except ERRORS as caught:
+        except (Exception, CheckpointException) as caught:           # torch wraps errors of the file system
             error = caught
         return None if all_ranks(error is None, self.dist) else error or OSError("on another process")
 
-    def publish(self, draft, final, done):
-        """Complete and rename a written checkpoint, then remove the oldest ones."""
-        write_json(draft / "done.json", done | {"files": {path.name: path.stat().st_size for path in draft.iterdir()}})
-        fsync(*draft.iterdir(), draft)
-        if final.exists():                                # the same step again: the old one stays until the new exists
-            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-            os.replace(final, final.with_suffix(".old"))
-        os.replace(draft, final)
-        fsync(self.out)
-        for path in self.out.glob("checkpoint-*.old"):
-            shutil.rmtree(path)
-        folders, complete = self.folders(), self.complete()[:self.keep]       # damaged ones do not count
+    def remove_old(self):
+        """All but the newest --keep complete checkpoints; damaged ones do not count."""
+        folders, complete = self.folders(), self.complete()[:self.keep]
         for path in folders[folders.index(complete[-1]) + 1:] if complete else ():
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                warn(f"{path} is no longer needed and cannot be removed ({error.strerror or error})")
 
     def warn_lost(self, draft, error):
         warn(f"{draft.stem} could not be written ({str(error)[-200:]}); the one before stays, the next is tried at its "
@@ -121,28 +129,27 @@ class Checkpoints:
         return [path for _, path in sorted(found, key=lambda pair: (-pair[0], pair[1].suffix))]
 
     def complete(self):
-        return [path for path in self.folders() if is_complete(path)]
+        return [path for path in self.folders() if read_record(path)]
 
     def resume(self, wanted, models, optimizers, required=False):
         """Load the newest readable checkpoint if `wanted` and there is one. -> step, place in the data; else 0, None"""
-        found = [self.complete() if wanted else [], self.folders()]
+        folders = self.folders()
+        found = [[(path, read_record(path)) for path in folders if wanted], folders]
         if self.dist.size > 1:                            # the first process decides: shared disks show new files late
             torch.distributed.broadcast_object_list(found, group=self.group)
-        complete, folders = found
-        for path in folders if wanted else []:
-            if path not in complete:
+        candidates, folders = found
+        for path, record in candidates:
+            if record is None:
                 self.dist.print0(f"{path} is passed over: cut off, or with missing files or files of another size")
-        for path in complete:
+                continue
             self.dist.print0(f"going on from {path}")
-            try:
-                result, error = self.load(path, models, optimizers), None
-            except UserError:
-                raise
-            except (Exception, CheckpointException) as caught:     # broken content shows in many kinds of errors
-                error = caught
-            if all_ranks(error is None, self.dist):
-                return result
-            warn(f"{path} cannot be read ({str(error or 'by another process')[-200:]})")
+            error = self.attempt(self.verify, path, record["files"])
+            if not error:
+                self.check(path, record["task"])
+                error = self.attempt(self.load, path, record, models, optimizers)
+            if not error:
+                return record["step"], record["data"]
+            warn(f"{path} cannot be read ({str(error)[-200:]})")
         if folders:
             none = ", none of them complete and of this model" * wanted
             raise UserError(f"{self.out} holds checkpoints of a run{none}: give --resume to continue it, name another "
@@ -151,48 +158,134 @@ class Checkpoints:
             raise UserError(f"--export: {self.out} holds no checkpoint; give --resume and the run's --out")
         return 0, None
 
-    def load(self, path, models, optimizers):
-        """-> step, place in the data"""
-        done = read_json(path / "done.json")
-        self.check(path, done.get("task", {}))
-        own = [{key: group[key] for key in ("betas", "weight_decay")} for o in optimizers for group in o.param_groups]
-        state = self.state(models, optimizers)
-        dcp.load(state, checkpoint_id=path)
-        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-            keys = set_state_dict(model, optimizer, model_state_dict=state[f"model{i}"],
-                                  optim_state_dict=state[f"optimizer{i}"], options=self.OPTIONS)
-            missing = {name for name, p in model.named_parameters() if p.requires_grad} & set(keys.missing_keys)
-            if missing or keys.unexpected_keys:
-                raise UserError(f"{path} is of another model: missing {first_few(missing)}, unknown "
-                                f"{first_few(keys.unexpected_keys)}")
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, values in zip(groups, own):            # this run's options win over the checkpoint's
-            group.update(values)
-        random_file = path / f"random-{self.dist.rank}.pt"
-        if done["processes"] == self.dist.size and random_file.is_file():
-            set_random_state(torch.load(random_file, weights_only=False))
-        changes = "; ".join(f"{name} {done.get(name)}, now {value}" for name, value in self.made_by.items()
-                            if done.get(name) != value)
+    def verify(self, path, files):
+        """Compare the checksums of this process's share of the files."""
+        for name in sorted(files)[self.dist.rank::self.dist.size]:
+            if checksum(path / name) != files[name][1]:
+                raise OSError(f"{name} is damaged: its checksum is not the one written in done.json")
+
+    def load(self, path, record, models, optimizers):
+        """Weights, AdamW's and random states. torch reads tensors with weights_only, so no file can run code."""
+        reader = IndexReader(path)
+        saved = reader.read_metadata().state_dict_metadata.keys()
+        state = state_of(models, optimizers, saved)
+        expected = {f"{part}.{name}" for part, tensors in state.items() if part.startswith("model") for name in tensors}
+        missing, unknown = expected - saved, {name for name in saved if name.startswith("model")} - expected
+        if missing or unknown:
+            raise UserError(f"it is of another model: missing {first_few(missing)}, unknown {first_few(unknown)}")
+        dcp.load(state, storage_reader=reader, process_group=self.group)
+        random_file = path / f"random-{self.dist.rank}.json"
+        if record["processes"] == self.dist.size:
+            set_random_state(read_json(random_file))
+        changes = "; ".join(f"{name} {record.get(name)}, now {value}" for name, value in self.made_by.items()
+                            if record.get(name) != value)
         if changes:
             self.dist.print0(f"{path} was written with {changes}: not exact to the bit (sums are in another order, "
                              "random states may be new); weights, AdamW and the place in the data are restored")
-        return done["step"], done["data"]
 
     def check(self, path, task):
         """Refuse, or warn of, options that differ from those of the run that wrote a checkpoint."""
         for name, before in task.items():
             now = self.task.get(name)
-            if now is None or now != before and name not in WARN:
+            if name == "frozen" and now != before:
+                raise UserError(f"{path} was trained around other frozen weights (a LLaMA, CLIP or image tokenizer) "
+                                "than those read now: name their folders as they were, or start anew in another --out")
+            if name not in FREE and (now is None or now != before and name not in WARN):
                 raise UserError(f"{path} is of another run: {name} {before}, now {now}. Give the same options, or "
                                 "start a new run in another --out")
-            if Path(now).name != Path(before).name:
+            if name in WARN and Path(now).name != Path(before).name:
                 self.dist.print0(f"WARNING: {path} was trained with {name} {before}, now {now}")
 
-    def state(self, models, optimizers):
-        state = {}
-        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-            state[f"model{i}"], state[f"optimizer{i}"] = get_state_dict(model, optimizer, options=self.OPTIONS)
-        return state
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+def state_of(models, optimizers, saved=()):
+    """-> {model0: {name: tensor}, optimizer0: {name: AdamW's state}, ...} without frozen weights. saved: names in a
+    checkpoint; the states that it has are made, to be loaded."""
+    state = {}
+    for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        state[f"model{i}"] = {name: tensor for name, tensor in model.state_dict().items()
+                              if name not in parameters or parameters[name].requires_grad}
+        state[f"optimizer{i}"] = {}
+        for name, p in model.named_parameters():
+            if f"optimizer{i}.{name}.step" in saved:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+            if p in optimizer.state:                      # not before its first update
+                state[f"optimizer{i}"][name] = optimizer.state[p]
+    return state
+
+
+def fingerprint(*modules, samples=1024):
+    """Identity of the frozen weights: a hash over names, shapes and at most `samples` values of each tensor."""
+    sha = hashlib.sha256()
+    for module in modules:
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                values = p.detach().flatten()[::max(1, p.numel() // samples)][:samples].float().cpu()
+                sha.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def own_checksums(writing, draft, rank):
+    """Waits until a checkpoint's files are written. -> {name: [size, checksum]} of those of this process"""
+    writing.result()
+    own = (f"__{rank}_", f"random-{rank}.") + (".metadata",) * (rank == 0)
+    return {path.name: [path.stat().st_size, checksum(path)] for path in draft.iterdir() if path.name.startswith(own)}
+
+
+def checksum(path):
+    with open(path, "rb") as file:                        # 1.5 GB/s and core
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(draft, final, record):
+    """Complete and rename a written checkpoint."""
+    write_json(draft / "done.json", record | {"checksum": checksum_of_record(record)})
+    fsync(*draft.iterdir(), draft)
+    if final.exists():                                    # the same step again: the old one stays until the new exists
+        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
+        os.replace(final, final.with_suffix(".old"))
+    os.replace(draft, final)
+    fsync(final.parent)
+    for path in final.parent.glob("checkpoint-*.old"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_record(path):
+    """done.json of a checkpoint -> its record; None if that is damaged, or a file missing or of another size"""
+    try:
+        record = read_json(path / "done.json")
+        whole = record.pop("checksum") == checksum_of_record(record)
+        return record if whole and all((path / name).stat().st_size == size
+                                       for name, (size, _) in record["files"].items()) else None
+    except (OSError, UserError, KeyError):
+        return None
+
+
+def checksum_of_record(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+class IndexReader(dcp.FileSystemReader):
+    """torch's reader of checkpoints, whose index may hold only what torch puts there: other pickles are refused."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(self.path / ".metadata", "rb") as file:
+            try:
+                return IndexUnpickler(file).load()
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001    # a damaged pickle can fail in any way
+                raise OSError(f".metadata: {error}") from None
+
+
+class IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint; it could run code")
+        return super().find_class(module, name)
 
 
 def warn(message):
@@ -204,26 +297,23 @@ def make_empty(folder):
     folder.mkdir(parents=True)
 
 
-def is_complete(path):
-    """Whether a checkpoint has done.json, and every file with the size that it names"""
-    try:
-        files = json.loads((path / "done.json").read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def random_state():
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    """The state of all random generators of this process, as JSON"""
+    kind, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]} | {
+        name: state.numpy().tobytes().hex() for name, state in states.items()}
 
 
 def set_random_state(state):
-    random.setstate(state["python"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"] is not None:               # None: written without a GPU
-        torch.cuda.set_rng_state(state["cuda"])
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if torch.cuda.is_available() and "cuda" in state:     # else it was written without a GPU
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
 class Stop:
