@@ -20,14 +20,16 @@ import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
-from common.cli import POSITIVE, TOY, Help, run
+from common.cli import POSITIVE, TOY, Help, run, signal_at_parents_death
 from common.pictures import open_image
 from common.tar import is_tar, list_tar
 from common.weights import UserError, inside, parse_json, read_json, read_text
@@ -440,21 +442,40 @@ class SampleDataset(torch.utils.data.Dataset):
                      [sample["name"] for sample in samples], bad)
 
 
-def ignore_signals(_):
-    """Workers receive Ctrl-C and SIGTERM too, but have to live until the trainer has finished its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def start_worker(_):
+    """Workers receive the trainer's signals too, but have to live until it has finished its step, and no longer."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGKILL)
+    Queue._on_queue_feeder_error = hand_over_error
+
+
+def hand_over_error(queue, error, item):
+    """A batch that cannot be sent, as where /dev/shm is full, ends the trainer, which would wait for it forever."""
+    queue.put((item[0], ExceptionWrapper((type(error), error, error.__traceback__))))
 
 
 def make_loader(sources, builder, batch, micro_batch, seed, rank=0, world_size=1, workers=0, state=None, pin=False):
     """-> endless DataLoader of this rank's micro-batches (Batch) from `state` on, its RankBatchSampler"""
-    dataset = SampleDataset(sources, builder)
     sampler = RankBatchSampler(SampleOrder(sources, seed, state), batch, micro_batch, rank, world_size)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,
-        persistent_workers=workers > 0, worker_init_fn=ignore_signals,
-        generator=torch.Generator())                      # its own: the run's random numbers are left alone
-    return loader, sampler
+    return load(SampleDataset(sources, builder), sampler, workers, pin, persistent_workers=workers > 0), sampler
+
+
+def make_val_loader(sources, builder, micro_batch, rank=0, world_size=1, workers=0, pin=False):
+    """-> DataLoader of this rank's share of all samples, once and in order; all ranks get the same number of batches"""
+    items = [(0, place) for shard in SampleOrder(sources, 0).shards for place in list_shard(sources, shard)]
+    if not items:
+        raise UserError(f"--val-data {sources[0].path}: no samples in {len(sources)} files")
+    whole = micro_batch * world_size
+    batches = [items[start:start + whole][rank::world_size] for start in range(0, len(items), whole)]
+    return load(SampleDataset(sources, builder), batches, workers, pin)
+
+
+def load(dataset, batches, workers, pin, **options):
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,
+        worker_init_fn=start_worker, generator=torch.Generator(),             # its own: the run's random numbers are
+        **options)                                                            # left alone
 
 
 # ---------------------------------------------------------------- python data.py FILE...

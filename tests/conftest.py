@@ -1,6 +1,11 @@
 """What many tests start from: a small toy world and the folders of its stages, made once for each process of tests."""
+import os
+
 import pytest
 from scripts import TOKENIZER, run
+
+if not os.environ.get("LIBRA_GPU"):                       # `make test-gpu` sets it; all other tests are for a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 import argparse
 import io
 import json
+import os
 import sys
 import tarfile
 
@@ -29,7 +30,7 @@ def message_of(main, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         command.run(main)
-    assert end.value.code
+    assert end.value.code == 2
     return capsys.readouterr().err + str(end.value.code)
 
 
@@ -40,6 +41,12 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--text-to-image 2", "expected at least 0 and at most 1"),
     (stage1.main, "--betas 0.9 1", "--betas: 1: expected at least 0 and below 1"),
     (stage1.main, "--steps many", "'many' is no whole number"),
+    (stage1.main, "--batch 1000000000000", "--batch: 1000000000000: expected at least 1 and at most 1000000"),
+    (stage1.main, "--steps 1000000000000", "expected at least 1 and at most 1000000000"),
+    (stage1.main, "--seed 4294967296", "expected at least 0 and at most 4294967295"),
+    (stage1.main, "--timeout 1e300", "--timeout: 1e300: expected at most 1000000 and above 0"),
+    (stage1.main, "", "runs/toy/llama is not there: `make demo` makes it"),
+    (stage1.main, "--llm nowhere", "nowhere is not there: check the name"),
     (stage1.main, "--lr nan", "--lr: nan: expected at least 0"),
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
@@ -68,6 +75,30 @@ def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path)
     (tmp_path / "tests").mkdir()
     words = words.split() + (["--llm", toy / "llama"] if main is data.main else [])
     assert sentence in message_of(main, words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("error, code, sentence", [
+    (UserError("a.json: cut off"), 2, "error: a.json: cut off"),
+    (FileNotFoundError(2, "No such file", "a.json"), 2, "error: a.json: No such file"),
+    (OSError(28, "No space left on device"), 2, "error: the system says: No space left on device"),
+    (TypeError("5 is no list"), 1, "error: TypeError: 5 is no list (our own fault; --debug shows where)"),
+    (AssertionError(), 1, "error: AssertionError: no reason given (our own fault"),
+    (MemoryError(), 1, "error: MemoryError: no reason given (the machine's"),
+    (RuntimeError("Original Traceback (most recent call last):\n  File\nKeyError: 'a'"), 1, "error: KeyError: 'a' ("),
+    (ConnectionResetError(104, "Connection reset by peer"), 1, "a data reader, or another process of the run, has"),
+    (BrokenPipeError(32, "Broken pipe"), 141, ""), (KeyboardInterrupt(), 130, "interrupted")])
+def test_errors_end_with_one_sentence_and_a_code(error, code, sentence, monkeypatch, capfd):
+    def fail():
+        assert sys.argv == ["script", "--out", "x"]       # main's parser does not see --debug
+        raise error
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    for debug in ([], ["--debug"]):
+        monkeypatch.setattr(sys, "argv", ["script", *debug, "--out", "x"])
+        with pytest.raises(SystemExit) as end:
+            command.run(fail)
+        printed = capfd.readouterr().err
+        assert end.value.code == code and sentence in printed
+        assert ("in fail" in printed) == bool(debug) and (debug or printed.count("\n") == (code != 141))
 
 
 def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, capsys):
