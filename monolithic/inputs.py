@@ -1,0 +1,165 @@
+"""What a model without a vision encoder reads: tiles of pictures, and rows of ids in which image tokens stand.
+
+Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it. Letters: S pixels and g patches of a tile's side; R x C tiles.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from common.weights import UserError
+from data import BadSample, clean_caption, llava_turns, read_sample
+from text import IMG, Text
+from tokenizer import clip_mean_std, prepare
+
+# ---------------------------------------------------------------- tiles
+
+
+def choose_canvas(width, height, config):
+    """-> (height, width) of the canvas that keeps most pixels of a picture, then wastes least"""
+    def fit(canvas):
+        scale = min(canvas[1] / width, canvas[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas[0] * canvas[1]
+    return max(config.image_grid_pinpoints, key=fit)
+
+
+def patch_order(width, height, config):
+    """The image tokens of a picture: indices into the patches of its tiles, -1 for a newline. Padding is cut off in
+    whole patches, but of a thin strip one row or column stays (ours: the authors' code leaves nothing of it)."""
+    g = config.grid
+    if not config.tiled:                                  # one newline after all patches
+        return F.pad(torch.arange(g * g), (0, 1), value=-1)
+    rows, columns = (side // config.default_image_size * g for side in choose_canvas(width, height, config))
+    order = torch.arange(rows * columns).view(rows // g, columns // g, g, g).transpose(1, 2).reshape(rows, columns)
+    if width / height > columns / rows:
+        cut = (rows - max(1, int(round(height * (columns / width), 7)))) // 2
+        order = order[cut:rows - cut]
+    else:
+        cut = (columns - max(1, int(round(width * (rows / height), 7)))) // 2
+        order = order[:, cut:columns - cut]
+    return F.pad(order, (0, 1), value=-1).flatten()       # a newline at the end of every row
+
+
+def prepare_picture(image, config):
+    """RGB PIL image -> tiles (R * C, 3, S, S) row by row, with CLIP's mean and deviation; order of its patches"""
+    side, order = config.default_image_size, patch_order(*image.size, config)
+    if not config.tiled:
+        return prepare(image, side)[None], order          # ours: padded to a square, as LLaVA does
+    height, width = choose_canvas(*image.size, config)
+    scale = min(width / image.width, height / image.height)
+    size = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    canvas = Image.new("RGB", (size[0] + 2 * left, size[1] + 2 * top))        # odd padding leaves it a pixel short
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
+    tiles = [canvas.crop((x, y, min(x + side, canvas.width), min(y + side, canvas.height)))
+             for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    tiles = np.stack([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles])
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    mean, std = clip_mean_std(pixels)
+    return (pixels - mean) / std, order
+
+
+# ---------------------------------------------------------------- rows of ids
+
+def spell_out(ids, loss_mask, sizes, image_token, most=math.inf):
+    """Replace each IMG by its picture's number of image tokens, which are no targets. What would pass `most` tokens is
+    cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
+    spelled, labels, n_pictures = [], [], 0
+    for token, label in zip(ids, loss_mask):
+        size = sizes[n_pictures] if token == IMG else 1
+        if len(spelled) + size > most:
+            break
+        spelled += [image_token if token == IMG else token] * size
+        labels += [0 if token == IMG else label] * size
+        n_pictures += token == IMG
+    return spelled, labels, n_pictures
+
+
+def pad(rows):
+    """Lists of numbers -> (B, L), zero at the right; mask (B, L), False there"""
+    padded, mask = (pad_sequence(tensors, batch_first=True) for tensors in (
+        [torch.tensor(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
+    return padded, mask
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor          # (B, L), padded on any side; image_token_index at the places of image tokens
+    starts: torch.Tensor       # (B, L): a text token's own place, an image token's the first of its image, padding's L
+    image_index: torch.Tensor  # (n,) places of the image tokens in the grid of B * L
+    order: torch.Tensor        # (n,) which patch stands there, -1 for a newline
+    tiles: torch.Tensor        # (tiles of all pictures, 3, S, S)
+    segments: list             # [(start, end, is image)] if all rows have images at the same places, else None
+    loss_mask: torch.Tensor    # (B, L) bool: targets
+    names: list
+    listed: list               # (cause, name) of bad samples
+
+    @classmethod
+    def build(cls, ids, mask, pictures, config, loss_mask=None, names=(), listed=()):
+        """ids (B, L) and mask (B, L) bool, False at padding; pictures: [(tiles, order)] as they follow row by row"""
+        length, side, end, segments, orders, n_patches = ids.shape[1], config.default_image_size, 0, [], [], 0
+        starts, sizes = torch.arange(length).repeat(len(ids), 1), [len(order) for _, order in pictures]
+        index = ((ids == config.image_token_index) & mask).flatten().nonzero()[:, 0]
+        if len(index) != sum(sizes):
+            raise UserError(f"{len(index)} image tokens in the text, {sum(sizes)} in its {len(sizes)} pictures")
+        for (tiles, order), image in zip(pictures, index.split(sizes)):
+            orders.append(torch.where(order < 0, -1, order + n_patches))
+            n_patches += len(tiles) * config.grid ** 2
+            first, last = int(image[0]) % length, int(image[-1]) % length
+            starts.view(-1)[image] = first
+            if image[0] < length:                         # in the first row
+                segments += [(end, first, False)] * (first > end) + [(first, last + 1, True)]
+                end = last + 1
+        segments += [(end, length, False)] * (length > end)
+        left_padded = (mask[:, 1:] > mask[:, :-1]).any()  # what is padded on the right is never seen
+        alike = not left_padded and (starts == starts[0]).all()
+        tiles = torch.cat([torch.zeros(0, 3, side, side), *(tiles for tiles, _ in pictures)])
+        return cls(ids, starts.masked_fill(~mask, length), index, torch.cat([index[:0], *orders]), tiles,
+                   segments if alike else None, mask & False if loss_mask is None else loss_mask, names, listed)
+
+    def mask(self):
+        """For block_attention: segments, or bool (B, 1, L, L): query i sees key j if start[j] <= i"""
+        if self.segments is not None:
+            return self.segments
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        itself = place == place[:, None]                  # padding would see nothing, which no softmax can compute
+        return ((self.starts[:, None] <= place[:, None]) | itself)[:, None]
+
+    def to(self, device):
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
+                                if isinstance(value, torch.Tensor)})
+
+
+@dataclass
+class ChatBuilder:
+    """Samples for data.make_loader, of chats and of captions"""
+    text: Text
+    config: object
+    max_length: int
+    every_token: bool = False                             # all text is a target, not the answers or captions alone
+
+    def __call__(self, source, place, epoch):
+        name, words, pictures = read_sample(source, place)
+        if source.kind == "llava":
+            ids, labels = self.text.chat(llava_turns(words, len(pictures), name))
+        else:
+            ids, labels = self.text.caption(clean_caption(words, name))
+        labels = [1] * len(ids) if self.every_token else labels
+        pictures = [prepare_picture(picture, self.config) for picture in pictures]
+        sizes, most = [len(order) for _, order in pictures], min(self.max_length, self.config.max_position_embeddings)
+        ids, labels, n_pictures = spell_out(ids, labels, sizes, self.config.image_token_index, most)
+        if not any(labels):
+            raise BadSample("no_label", name)
+        return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
+
+    def collate(self, samples, bad):
+        rows = [sample["ids"] for sample in samples] or [[self.text.bos]]     # no sample is usable: no target
+        labels = [sample["labels"] for sample in samples] or [[0]]
+        pictures = [picture for sample in samples for picture in sample["pictures"]]
+        names = [sample["name"] for sample in samples]
+        return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
