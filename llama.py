@@ -74,8 +74,8 @@ def apply_rope(x, rope):
 
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh,
-               "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
 
 
 def swiglu(gate, up, activation=F.silu):
@@ -83,8 +83,8 @@ def swiglu(gate, up, activation=F.silu):
 
 
 def linear(x, weight, bias=None):
-    """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a batch
-    of 16 blocks (docs/speed.md)."""
+    """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a
+    batch of 16 blocks (docs/speed.md)."""
     one_row = x.is_cpu and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
     if not one_row or len(weight) % 16:
         return F.linear(x, weight, bias)

@@ -7,40 +7,37 @@ Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embedding
 "Ours" marks what the paper leaves open. Letters: B rows, L positions, V vocabulary, S pixels and g patches of a tile's
 side, n image tokens of a batch, D_pre and D hidden sizes of the pre-decoder and of the LLM.
 """
+import argparse
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+import llama
+from common.cli import POSITIVE, TOY, Help, require_path, run
 from common.config import check_divisible
-from common.pictures import open_image
-from common.sampling import Sampler, Step
 from common.weights import UserError, assign, read_json, save_tensors, shapes_only, write_json
-from llama import (
-    ACTIVATIONS,
-    Attention,
-    Block,
-    KVCache,
-    Linear,
-    LlamaConfig,
-    RMSNorm,
-    causal_attention,
-    linear,
-    read_llama_tensors,
-    rope_tables,
-)
+from llama import Block, Linear, LlamaConfig, RMSNorm
 from model import cross_entropy
-from monolithic.inputs import Batch, pad, prepare_picture, spell_out
-from text import IMG, Text
-
-# ---------------------------------------------------------------- configuration
+from monolithic.shared import (
+    Batch,
+    BlockAttention,
+    ChatBuilder,
+    check_canvases,
+    generate,
+    initialise,
+    published_canvases,
+)
+from pretrain import train
+from text import Text
+from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
+from training import engine
 
 
 @dataclass
@@ -55,8 +52,7 @@ class HalfConfig(LlamaConfig):
     attention_rope: bool = False                          # of pre_config: RoPE of its own, else base_config's
     patch_size: int = 14
     default_image_size: int = 336                         # S
-    image_grid_pinpoints: tuple = tuple((336 * r, 336 * c) for r, most in enumerate((6, 3, 2, 1, 1, 1), 1)
-                                        for c in range(1, most + 1))                          # canvases: height, width
+    image_grid_pinpoints: tuple = ()                      # canvases: height, width; (): the 14 published ones
     image_aspect_ratio: str = "anyres_max_6"              # with "any": tiles; else one square
     image_token_index: int = 151646
     bias = True
@@ -64,56 +60,33 @@ class HalfConfig(LlamaConfig):
     def __post_init__(self):
         super().__post_init__()
         check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
-        if self.hidden_act not in ACTIVATIONS or self.norm_mode not in NORMS:
+        self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
+        self.image_grid_pinpoints = self.image_grid_pinpoints or published_canvases(self.default_image_size)
+        if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"config: hidden_act {self.hidden_act!r}, norm_mode {self.norm_mode!r}; expected one of "
-                            f"{', '.join(ACTIVATIONS)}, and one of {', '.join(NORMS)}")
-        self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio       # g
-
-    @classmethod
-    def from_dict(cls, values):
-        """Other fields belong to transformers. Those of them that would change what is computed are refused."""
-        for name, computed in (("rope_scaling", None), ("use_sliding_window", False), ("attention_dropout", 0)):
-            if values.get(name, computed) != computed:
-                raise UserError(f"config: {name} is {values[name]!r}, HaploVL computes {computed!r}")
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**known | {"head_dim": 0, "num_key_value_heads": values.get("num_key_value_heads", 32) or 0})
+                            f"{', '.join(llama.ACTIVATIONS)}, and one of {', '.join(NORMS)}")
 
 
 def read_config(path):
-    """-> base, pre"""
-    values = read_json(path)
-    halves = [values.get(name) for name in ("base_config", "pre_config")]
-    if values.get("model_type") != "haplo" or not all(isinstance(half, dict) for half in halves):
-        raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
-    base, pre = (HalfConfig.from_dict(half) for half in halves)
-    side, most = base.default_image_size, int(re.sub(r"\D", "", base.image_aspect_ratio) or 0)
-    if base.tiled and any(h % side or w % side or h * w > 1.21 * most * side ** 2 for h, w in base.image_grid_pinpoints):
-        raise UserError(f"{path}: image_grid_pinpoints are not made of at most {most} tiles of {side} pixels")
+    """-> base, pre. Fields that are not ours belong to transformers; three that change what is computed are checked."""
+    values, halves = read_json(path), []
+    for name in ("base_config", "pre_config"):
+        half = values.get(name)
+        if values.get("model_type") != "haplo" or not isinstance(half, dict):
+            raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
+        for field, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
+            if half.get(field, known) != known:
+                raise UserError(f"{path}: {field} is {half[field]!r}, HaploVL computes only {known!r}")
+        half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
+        halves.append(HalfConfig(**{name: half[name] for name in HalfConfig.__dataclass_fields__ if name in half}))
+    base, pre = halves
+    check_canvases(base)
     if not pre.attention_rope and pre.head_dim != base.head_dim:
         raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, base_config's are of {base.head_dim}")
     return base, pre
 
 
 # ---------------------------------------------------------------- the model
-
-def block_attention(q, k, v, mask=None):
-    """Causal, but inside an image every token sees every other. Shapes as in causal_attention. mask: bool, or the
-    batch's segments, each of which is one fused call without a matrix of L x L."""
-    if not isinstance(mask, list):
-        return causal_attention(q, k, v, mask)
-    parts = []
-    for start, end, is_image in mask:
-        part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
-        if is_image:
-            parts.append(F.scaled_dot_product_attention(*part, enable_gqa=q.shape[1] != k.shape[1]))
-        else:
-            parts.append(causal_attention(*part, causal_lower_right(end - start, end) if start else None))
-    return torch.cat(parts, dim=2)
-
-
-class HaploAttention(Attention):
-    attention = staticmethod(block_attention)
-
 
 class InputRMSNorm(RMSNorm):
     """In the dtype of its input, as the authors'; llama.RMSNorm has the mean in float32."""
@@ -125,7 +98,7 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": InputRMSNorm}
 
 
 def blocks(config):
-    return [Block(config, HaploAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
+    return [Block(config, BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
 
 
 class PreDecoder(nn.Module):
@@ -148,17 +121,14 @@ class PreDecoder(nn.Module):
         vectors = torch.cat([(patches + m.pre_pos_embed).flatten(0, 1), m.image_newline[None]])
         return vectors[batch.order]
 
-    def run_layers(self, x, half, rope_config, mask, cache):
-        """half: pre or base. x (B, L, size of the half) -> the same through its layers"""
-        n = self.pre.num_hidden_layers
-        layers = list(self.model.layers)[:n] if half is self.pre else list(self.model.layers)[n:]
+    def run_layers(self, x, layers, rope_config, mask, cache):
+        """x (B, L, size of the half) -> the same through its layers"""
         positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
-        rope = rope_tables(rope_config, positions, x.dtype)
+        rope = llama.rope_tables(rope_config, positions, x.dtype)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, None, layer, mask, use_reentrant=False)
-            else:
-                x = block(x, rope, cache, layer, mask)
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, rope, cache, layer, mask)
         return x
 
     def encode(self, ids, batch=None, cache=None):
@@ -167,19 +137,14 @@ class PreDecoder(nn.Module):
         if batch is not None:
             tokens, mask = self.image_tokens(batch).to(x.dtype), batch.mask()
             x = x.flatten(0, 1).index_copy(0, batch.image_index, tokens).view_as(x)
-        x = self.model.pre_norm(x)
-        return self.run_layers(x, self.pre, self.pre if self.pre.attention_rope else self.base, mask, cache), mask
-
-
-def initialise(module):
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        layers = self.model.layers[:self.pre.num_hidden_layers]
+        rope_config = self.pre if self.pre.attention_rope else self.base
+        return self.run_layers(self.model.pre_norm(x), layers, rope_config, mask, cache), mask
 
 
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
+    generate = generate
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -191,57 +156,20 @@ class HaploVL(PreDecoder):
 
     def hidden(self, ids, batch=None, caches=(None, None)):
         """As encode, with a cache for each half -> (B, L, D) after the final norm"""
-        x, mask = self.encode(ids, batch, caches[0])
-        return self.model.norm(self.run_layers(self.model.pre_connector(x), self.base, self.base, mask, caches[1]))
+        (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
+        return self.model.norm(self.run_layers(self.model.pre_connector(x), layers, self.base, mask, caches[1]))
 
     def forward(self, batch):
         """-> the sum of the cross-entropy over the targets, each predicted from the token before it"""
         targets = batch.loss_mask[:, 1:]
         return cross_entropy(self.lm_head, self.hidden(batch.ids, batch)[:, :-1][targets], batch.ids[:, 1:][targets])
 
-    @torch.inference_mode()
-    def generate(self, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
-        """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what
-        prepare_picture returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have,
-        generation ends. sampling: see Sampler. Ours: with a text tokenizer only its tokens can follow, so no <image>.
-        """
-        if (n := sum(ids.count(IMG) for ids in prompts)) != len(pictures):
-            raise UserError(f"{len(pictures)} pictures are given, the prompts show {n}")
-        like, vocab = self.lm_head.weight, self.text and self.text.vocab_size
-        pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), self.base) for p in pictures]
-        sizes, rows = [len(order) for _, order in pictures], []
-        for ids in prompts:
-            rows.append(spell_out(ids, ids, sizes, self.base.image_token_index)[0])
-            sizes = sizes[ids.count(IMG):]
-        lengths = [len(row) for row in rows]
-        max_new_tokens = min(max_new_tokens, self.base.max_position_embeddings - max(lengths))
-        if max_new_tokens < 1:
-            raise UserError(f"the prompt has {max(lengths)} of the {self.base.max_position_embeddings} tokens that the "
-                            "model takes: too little room is left")
-        batch = Batch.build(*pad(rows), pictures, self.base).to(like.device)
-        caches = [KVCache(half, len(rows), max(lengths) + max_new_tokens, like) for half in (self.pre, self.base)]
-        hidden = self.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-        for cache in caches:
-            cache.advance(lengths)
-        new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
-        step = Step(lambda: self.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)))
-        sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
-        for number in range(max_new_tokens):
-            tokens = sampler(linear(hidden, self.lm_head.weight[:vocab]), range(len(rows)))
-            if stop is not None:
-                tokens[done] = stop
-                done |= tokens == stop
-            yield tokens[:, None]
-            if done.all() or number == max_new_tokens - 1:
-                return
-            hidden = step(tokens, tokens[:0])
-
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
         """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
         with shapes_only():
             model = cls(*read_config(Path(folder) / "config.json"))
-        assign(model, read_llama_tensors(folder, model.base, dtype), folder)
+        assign(model, llama.read_llama_tensors(folder, model.base, dtype), folder)
         if (path := Path(folder) / "tokenizer.model").exists():
             model.text = Text(path)
         return model.to(device)
@@ -256,3 +184,111 @@ class HaploVL(PreDecoder):
             shutil.copyfile(self.text.path, folder / "tokenizer.model")
         base, pre = asdict(self.base), asdict(self.pre)
         write_json(folder / "config.json", {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
+
+
+# ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
+
+class Distillation(PreDecoder):
+    """The pre-decoder with two heads that are dropped afterwards. Ours: both are one matrix; the scale of the text
+    logits learns from 1; all parts of the pre-decoder start new and learn."""
+
+    def __init__(self, base, pre, clip_width):
+        super().__init__(base, pre)
+        self.vision_head = Linear(pre.hidden_size, clip_width)
+        self.text_head = Linear(pre.hidden_size, base.hidden_size)
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.apply(initialise)
+
+    def forward(self, batch, features, table):
+        """features (patches of all tiles, width): CLIP's; table (V, D): the LLM's embeddings. -> sums over patches of
+        1 - cosine (ours), over text tokens of the cross-entropy with the token itself (current token prediction)"""
+        x, is_patch = self.encode(batch.ids, batch)[0], batch.order >= 0      # ours: newlines are not counted
+        seen = self.vision_head(x.flatten(0, 1)[batch.image_index[is_patch]])
+        vision = 1 - F.cosine_similarity(seen.float(), features[batch.order[is_patch]].float(), dim=-1)
+        head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
+        return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
+
+    def save_pretrained(self, folder, tensors=None):
+        """The HaploVL that stage 2 starts from: the LLM's layers, biases of zero, zero as <image>'s row of the output
+        matrix (ours), a new connector"""
+        with shapes_only():
+            model, generator = HaploVL(self.base, self.pre), torch.Generator("cpu").manual_seed(0)
+        tensors, n = dict(tensors or self.state_dict()), self.pre.num_hidden_layers
+        llm = llama.read_llama_tensors(self.text.path.parent, self.base, tensors["logit_scale"].dtype)
+        output = llm.pop("lm_head.weight", llm.pop("model.embed_tokens.weight"))
+        tensors |= {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
+        tensors["lm_head.weight"] = F.pad(output, (0, 0, 0, 1))
+        for name, shape in ((name, t.shape) for name, t in model.state_dict().items() if name not in tensors):
+            std = 0.02 * (name == "model.pre_connector.weight")
+            tensors[name] = torch.empty(shape, dtype=output.dtype).normal_(std=std, generator=generator)
+        model.text = self.text
+        model.save_pretrained(folder, {name: tensors[name] for name in model.state_dict()})
+
+
+def options(stage):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s --stage 1|2 [options]")
+    g = parser.add_argument_group("the model and its samples")
+    g.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: distillation; 2: answers")
+    if stage == 1:
+        g.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="Hugging Face LLaMA folder")
+        g.add_argument("--clip", metavar="DIR", dest="clip_folder", default=TOY / "clip", help="Hugging Face CLIP's")
+        g.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"), default="anyres_max_6",
+                       help="a picture is up to 6 tiles, or one square")
+    else:
+        g.add_argument("--model", metavar="DIR", default=TOY / "haplovl-1", help="folder of stage 1")
+    g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
+    engine.add_options(parser, f"haplovl-{stage}", ("captions/*.tar", "chats/chat.json")[stage - 1],
+                       "img2dataset shards, COCO Karpathy JSON, LLaVA JSON", steps=30_000, warmup=900, batch=128,
+                       lr=1e-4 if stage == 1 else 2e-5)   # the recipe is ours
+    return parser
+
+
+def new_configs(llm, clip, aspect_ratio):
+    """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
+              "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio, "tie_word_embeddings": False}
+    pre = {name: clip[name] for name in names} | {"num_key_value_heads": 0, "rms_norm_eps": clip["layer_norm_eps"],
+                                                  "norm_mode": "layernorm", "attention_rope": True}
+    return HalfConfig(**asdict(llm) | shared | {"head_dim": 0}), HalfConfig(**shared | pre)
+
+
+def distill(args, dist):
+    """-> the model of stage 1, its loss"""
+    folder, clip_folder = Path(require_path(args.llm)), require_path(args.clip_folder)
+    llm, sizes = LlamaConfig.from_file(folder / "config.json"), read_clip_sizes(clip_folder)
+    model = Distillation(*new_configs(llm, sizes, args.image_aspect_ratio), sizes["hidden_size"])
+    model.text = Text(folder / "tokenizer.model")
+    with shapes_only():
+        clip = ClipViT(**sizes)
+    assign(clip, read_clip_weights(clip_folder, dist.dtype), clip_folder)
+    clip = clip.requires_grad_(False).to(dist.device)
+    table = llama.read_llama_tensors(folder, llm, dist.dtype)["model.embed_tokens.weight"].to(dist.device)
+
+    def loss(wrapped, batch):
+        with torch.no_grad():                             # ours: the last layer but one, as LLaVA
+            features = clip.hidden_states(batch.tiles.to(dist.dtype), -1)[-1][:, 1:].flatten(0, 1)
+        return dict(zip(("vision", "text"), wrapped(batch, features, table)))     # ours: all tokens count alike
+    return model, loss
+
+
+def main():
+    first = argparse.ArgumentParser(add_help=False)       # what the other options are depends on the stage
+    first.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    args = options(first.parse_known_args()[0].stage).parse_args()
+    if args.plan:
+        raise UserError("--plan counts Libra's parts only")
+    dist = engine.setup(args)
+    args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
+    if args.stage == 1:
+        model, loss = distill(args, dist)
+    else:
+        model, loss = HaploVL.from_pretrained(require_path(args.model)), lambda wrapped, batch: {"text": wrapped(batch)}
+        model.text = Text(Path(args.model) / "tokenizer.model")
+    model.checkpoint_activations = args.checkpoint_activations
+    builder = ChatBuilder(model.text, model.base, args.max_length, every_token=args.stage == 1)
+    train(args, dist, model, builder, loss, Batch.counts, model.model.layers)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from llama import apply_rope
 from monolithic.haplovl import HalfConfig, HaploVL, read_config
-from monolithic.inputs import Batch, choose_canvas, pad, patch_order, prepare_picture
+from monolithic.shared import Batch, choose_canvas, pad, patch_order, prepare_picture
 from text import IMG
 
 
@@ -21,7 +21,7 @@ def case_haplovl(folder, report, tensors, compare_gradients):
     if "input_ids" not in io:
         return
     pictures = read_pictures(io, c, report)
-    mask, labels = (io[name] if name in io else None for name in ("attention_mask", "labels"))
+    mask, labels = (io.get(name) for name in ("attention_mask", "labels"))
     mask = torch.ones_like(io["input_ids"]).bool() if mask is None else mask.bool()
     if labels is not None:
         assert (labels == io["input_ids"])[labels != -100].all(), "labels are not the ids"

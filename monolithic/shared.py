@@ -1,23 +1,36 @@
-"""What a model without a vision encoder reads: tiles of pictures, and rows of ids in which image tokens stand.
+"""Around a model without a vision encoder: pictures as tiles, rows of ids with image tokens, samples, token by token.
 
-Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it. Letters: S pixels and g patches of a tile's side; R x C tiles.
+Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it. Letters: B rows, L positions, n image tokens of a batch, S
+pixels and g patches of a tile's side, R x C tiles of a picture.
 """
 import math
+import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 
+from common.pictures import open_image
+from common.sampling import Sampler, Step
 from common.weights import UserError
 from data import BadSample, clean_caption, llava_turns, read_sample
+from llama import Attention, KVCache, causal_attention, linear
 from text import IMG, Text
 from tokenizer import clip_mean_std, prepare
 
 # ---------------------------------------------------------------- tiles
+
+
+def published_canvases(side):
+    """1 x 1 to 1 x 6, 2 x 1 to 2 x 3, ..., 6 x 1 tiles -> 14 (height, width)"""
+    return [(side * r, side * c) for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
 
 
 def choose_canvas(width, height, config):
@@ -27,6 +40,14 @@ def choose_canvas(width, height, config):
         effective = min(int(width * scale) * int(height * scale), width * height)
         return effective, effective - canvas[0] * canvas[1]
     return max(config.image_grid_pinpoints, key=fit)
+
+
+def check_canvases(config):
+    """Pictures of more tiles the authors' code would shrink, which is not done here."""
+    side, most = config.default_image_size, int(re.sub(r"\D", "", config.image_aspect_ratio) or 0)
+    if config.tiled and any(h % side or w % side or h * w > 1.21 * most * side ** 2
+                            for h, w in config.image_grid_pinpoints):
+        raise UserError(f"config: image_grid_pinpoints are not made of at most {most} tiles of {side} pixels")
 
 
 def patch_order(width, height, config):
@@ -130,9 +151,33 @@ class Batch(NamedTuple):
         itself = place == place[:, None]                  # padding would see nothing, which no softmax can compute
         return ((self.starts[:, None] <= place[:, None]) | itself)[:, None]
 
+    def counts(self):
+        """For the loop and its log: targets, patches, tokens"""
+        return {"text": int(self.loss_mask.sum()), "vision": int((self.order >= 0).sum()),
+                "tokens": int((self.starts < self.ids.shape[1]).sum())}
+
     def to(self, device):
         return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
                                 if isinstance(value, torch.Tensor)})
+
+
+def block_attention(q, k, v, mask=None):
+    """Causal, but inside an image every token sees every other. Shapes as in causal_attention. mask: bool, or the
+    batch's segments, each of which is one fused call without a matrix of L x L."""
+    if not isinstance(mask, list):
+        return causal_attention(q, k, v, mask)
+    parts = []
+    for start, end, is_image in mask:
+        part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        if is_image:
+            parts.append(F.scaled_dot_product_attention(*part, enable_gqa=q.shape[1] != k.shape[1]))
+        else:
+            parts.append(causal_attention(*part, causal_lower_right(end - start, end) if start else None))
+    return torch.cat(parts, dim=2)
+
+
+class BlockAttention(Attention):
+    attention = staticmethod(block_attention)
 
 
 @dataclass
@@ -163,3 +208,52 @@ class ChatBuilder:
         pictures = [picture for sample in samples for picture in sample["pictures"]]
         names = [sample["name"] for sample in samples]
         return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
+
+
+# ---------------------------------------------------------------- new weights; token by token
+
+def initialise(module):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.inference_mode()
+def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
+    """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what prepare_picture
+    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends.
+
+    model.hidden(ids, batch or None, caches) -> (B, L, D), caches for each half; model.text: None, or only its tokens are
+    generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
+    """
+    config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
+    if (shown := sum(ids.count(IMG) for ids in prompts)) != len(pictures):
+        raise UserError(f"{len(pictures)} pictures are given, the prompts show {shown}")
+    pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), config) for p in pictures]
+    sizes, rows = [len(order) for _, order in pictures], []
+    for ids in prompts:
+        rows.append(spell_out(ids, ids, sizes, config.image_token_index)[0])
+        sizes = sizes[ids.count(IMG):]
+    lengths = [len(row) for row in rows]
+    max_new_tokens = min(max_new_tokens, config.max_position_embeddings - max(lengths))
+    if max_new_tokens < 1:
+        raise UserError(f"the prompt has {max(lengths)} of the {config.max_position_embeddings} tokens that the model "
+                        "takes: too little room is left")
+    batch = Batch.build(*pad(rows), pictures, config).to(head.device)
+    caches = [KVCache(half, len(rows), max(lengths) + max_new_tokens, head) for half in (model.pre, model.base)]
+    last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+    for cache in caches:
+        cache.advance(lengths)
+    new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
+    step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)))
+    sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
+    for number in range(max_new_tokens):
+        tokens = sampler(linear(last, head), range(len(rows)))
+        if stop is not None:
+            tokens[done] = stop
+            done |= tokens == stop
+        yield tokens[:, None]
+        if done.all() or number == max_new_tokens - 1:
+            return
+        last = step(tokens, tokens[:0])
