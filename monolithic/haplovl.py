@@ -9,7 +9,6 @@ side, n image tokens of a batch, D_pre and D hidden sizes of the pre-decoder and
 """
 import argparse
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,10 @@ from torch.utils.checkpoint import checkpoint
 import llama
 from common.cli import POSITIVE, TOY, Help, require_path, run
 from common.config import check_divisible
-from common.weights import UserError, assign, read_json, save_tensors, shapes_only, write_json
+from common.weights import UserError, assign, read_json, shapes_only
 from llama import Block, Linear, LlamaConfig, RMSNorm
 from model import cross_entropy
-from monolithic.shared import (
-    Batch,
-    BlockAttention,
-    ChatBuilder,
-    check_canvases,
-    generate,
-    initialise,
-    published_canvases,
-)
+from monolithic import shared
 from pretrain import train
 from text import Text
 from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
@@ -61,29 +52,31 @@ class HalfConfig(LlamaConfig):
         super().__post_init__()
         check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
         self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
-        self.image_grid_pinpoints = self.image_grid_pinpoints or published_canvases(self.default_image_size)
+        self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
         if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
-            raise UserError(f"config: hidden_act {self.hidden_act!r}, norm_mode {self.norm_mode!r}; expected one of "
-                            f"{', '.join(llama.ACTIVATIONS)}, and one of {', '.join(NORMS)}")
+            raise UserError(f"config: no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
 
 
 def read_config(path):
     """-> base, pre. Fields that are not ours belong to transformers; three that change what is computed are checked."""
     values, halves = read_json(path), []
-    for name in ("base_config", "pre_config"):
-        half = values.get(name)
-        if values.get("model_type") != "haplo" or not isinstance(half, dict):
-            raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
-        for field, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
-            if half.get(field, known) != known:
-                raise UserError(f"{path}: {field} is {half[field]!r}, HaploVL computes only {known!r}")
-        half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
-        halves.append(HalfConfig(**{name: half[name] for name in HalfConfig.__dataclass_fields__ if name in half}))
-    base, pre = halves
-    check_canvases(base)
-    if not pre.attention_rope and pre.head_dim != base.head_dim:
-        raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, base_config's are of {base.head_dim}")
-    return base, pre
+    try:
+        for name in ("base_config", "pre_config"):
+            half = values.get(name)
+            if values.get("model_type") != "haplo" or not isinstance(half, dict):
+                raise UserError("config: expected model_type haplo, a base_config and a pre_config")
+            for field, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
+                if half.get(field, known) != known:
+                    raise UserError(f"config: {field} is {half[field]!r}, HaploVL computes only {known!r}")
+            half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
+            halves.append(HalfConfig(**{name: half[name] for name in HalfConfig.__dataclass_fields__ if name in half}))
+        base, pre = halves
+        shared.check_canvases(base)
+        if not pre.attention_rope and pre.head_dim != base.head_dim:
+            raise UserError(f"config: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")
+        return base, pre
+    except UserError as error:
+        raise UserError(f"{error} ({path})") from None
 
 
 # ---------------------------------------------------------------- the model
@@ -98,7 +91,7 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": InputRMSNorm}
 
 
 def blocks(config):
-    return [Block(config, BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
+    return [Block(config, shared.BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
 
 
 class PreDecoder(nn.Module):
@@ -113,6 +106,7 @@ class PreDecoder(nn.Module):
         m.image_newline = nn.Parameter(torch.zeros(width))
         m.pre_norm = nn.LayerNorm(width, 1e-5)
         m.layers = nn.ModuleList(blocks(pre))
+        m.pre_connector = Linear(width, base.hidden_size)
 
     def image_tokens(self, batch):
         """-> (n, D_pre): patches with their position in the tile, newlines"""
@@ -144,15 +138,14 @@ class PreDecoder(nn.Module):
 
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
-    generate = generate
+    generate = shared.generate
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
         self.model.layers.extend(blocks(base))
-        self.model.pre_connector = Linear(pre.hidden_size, base.hidden_size)
         self.model.norm = NORMS[base.norm_mode](base.hidden_size, base.rms_norm_eps)
         self.lm_head = Linear(base.hidden_size, base.vocab_size)
-        self.apply(initialise)
+        self.apply(shared.initialise)
 
     def hidden(self, ids, batch=None, caches=(None, None)):
         """As encode, with a cache for each half -> (B, L, D) after the final norm"""
@@ -175,15 +168,10 @@ class HaploVL(PreDecoder):
         return model.to(device)
 
     def save_pretrained(self, folder, tensors=None):
-        """config.json (base_config's fields stand at its top too, as in the released one), model.safetensors,
-        tokenizer.model. tensors: the weights to write, if they are not those of this process"""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", tensors or self.state_dict())
-        if self.text and self.text.path.resolve() != (folder / "tokenizer.model").resolve():
-            shutil.copyfile(self.text.path, folder / "tokenizer.model")
+        """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
         base, pre = asdict(self.base), asdict(self.pre)
-        write_json(folder / "config.json", {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
+        shared.save_folder(folder, tensors or self.state_dict(), self.text,
+                    {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
 
 
 # ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
@@ -197,7 +185,8 @@ class Distillation(PreDecoder):
         self.vision_head = Linear(pre.hidden_size, clip_width)
         self.text_head = Linear(pre.hidden_size, base.hidden_size)
         self.logit_scale = nn.Parameter(torch.ones(1))
-        self.apply(initialise)
+        self.apply(shared.initialise)
+        self.model.pre_connector.requires_grad_(False)    # stage 2 starts with a new one
 
     def forward(self, batch, features, table):
         """features (patches of all tiles, width): CLIP's; table (V, D): the LLM's embeddings. -> sums over patches of
@@ -209,20 +198,16 @@ class Distillation(PreDecoder):
         return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
 
     def save_pretrained(self, folder, tensors=None):
-        """The HaploVL that stage 2 starts from: the LLM's layers, biases of zero, zero as <image>'s row of the output
-        matrix (ours), a new connector"""
+        """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: zero as <image>'s row of the output matrix"""
         with shapes_only():
-            model, generator = HaploVL(self.base, self.pre), torch.Generator("cpu").manual_seed(0)
-        tensors, n = dict(tensors or self.state_dict()), self.pre.num_hidden_layers
+            model = HaploVL(self.base, self.pre)
+        model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
         llm = llama.read_llama_tensors(self.text.path.parent, self.base, tensors["logit_scale"].dtype)
         output = llm.pop("lm_head.weight", llm.pop("model.embed_tokens.weight"))
         tensors |= {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
         tensors["lm_head.weight"] = F.pad(output, (0, 0, 0, 1))
-        for name, shape in ((name, t.shape) for name, t in model.state_dict().items() if name not in tensors):
-            std = 0.02 * (name == "model.pre_connector.weight")
-            tensors[name] = torch.empty(shape, dtype=output.dtype).normal_(std=std, generator=generator)
-        model.text = self.text
-        model.save_pretrained(folder, {name: tensors[name] for name in model.state_dict()})
+        model.save_pretrained(folder, {name: tensors[name] if name in tensors else torch.zeros(bias.shape).to(output)
+                                       for name, bias in model.state_dict().items()})
 
 
 def options(stage):
@@ -246,11 +231,11 @@ def options(stage):
 def new_configs(llm, clip, aspect_ratio):
     """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
-              "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio, "tie_word_embeddings": False}
+    both = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
+            "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio}
     pre = {name: clip[name] for name in names} | {"num_key_value_heads": 0, "rms_norm_eps": clip["layer_norm_eps"],
                                                   "norm_mode": "layernorm", "attention_rope": True}
-    return HalfConfig(**asdict(llm) | shared | {"head_dim": 0}), HalfConfig(**shared | pre)
+    return HalfConfig(**asdict(llm) | both | {"head_dim": 0, "tie_word_embeddings": False}), HalfConfig(**both | pre)
 
 
 def distill(args, dist):
@@ -286,8 +271,8 @@ def main():
         model, loss = HaploVL.from_pretrained(require_path(args.model)), lambda wrapped, batch: {"text": wrapped(batch)}
         model.text = Text(Path(args.model) / "tokenizer.model")
     model.checkpoint_activations = args.checkpoint_activations
-    builder = ChatBuilder(model.text, model.base, args.max_length, every_token=args.stage == 1)
-    train(args, dist, model, builder, loss, Batch.counts, model.model.layers)
+    builder = shared.ChatBuilder(model.text, model.base, args.max_length, every_token=args.stage == 1)
+    train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)
 
 
 if __name__ == "__main__":

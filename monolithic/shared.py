@@ -5,7 +5,9 @@ pixels and g patches of a tile's side, R x C tiles of a picture.
 """
 import math
 import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.pictures import open_image
 from common.sampling import Sampler, Step
-from common.weights import UserError
+from common.weights import UserError, save_tensors, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
 from llama import Attention, KVCache, causal_attention, linear
 from text import IMG, Text
@@ -45,9 +47,12 @@ def choose_canvas(width, height, config):
 def check_canvases(config):
     """Pictures of more tiles the authors' code would shrink, which is not done here."""
     side, most = config.default_image_size, int(re.sub(r"\D", "", config.image_aspect_ratio) or 0)
-    if config.tiled and any(h % side or w % side or h * w > 1.21 * most * side ** 2
-                            for h, w in config.image_grid_pinpoints):
-        raise UserError(f"config: image_grid_pinpoints are not made of at most {most} tiles of {side} pixels")
+
+    def fits(canvas):
+        return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
+                and not any(x % side for x in canvas) and math.prod(canvas) <= 1.21 * most * side ** 2)
+    if config.tiled and not all(map(fits, config.image_grid_pinpoints)):
+        raise UserError(f"config: image_grid_pinpoints are not (height, width) of at most {most} tiles of {side} pixels")
 
 
 def patch_order(width, height, config):
@@ -210,7 +215,7 @@ class ChatBuilder:
         return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
 
 
-# ---------------------------------------------------------------- new weights; token by token
+# ---------------------------------------------------------------- weights; token by token
 
 def initialise(module):
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -219,13 +224,23 @@ def initialise(module):
             nn.init.zeros_(module.bias)
 
 
+def save_folder(folder, tensors, text, config):
+    """A model folder: config.json, model.safetensors, tokenizer.model. tensors: of all processes"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors)
+    if text and text.path.resolve() != (folder / "tokenizer.model").resolve():
+        shutil.copyfile(text.path, folder / "tokenizer.model")
+    write_json(folder / "config.json", config)
+
+
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
     """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what prepare_picture
     returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends.
 
-    model.hidden(ids, batch or None, caches) -> (B, L, D), caches for each half; model.text: None, or only its tokens are
-    generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
+    model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each half; model.text: None, or only its tokens
+    are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
     """
     config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
     if (shown := sum(ids.count(IMG) for ids in prompts)) != len(pictures):
