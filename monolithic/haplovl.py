@@ -198,7 +198,7 @@ class Distillation(PreDecoder):
         return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
 
     def save_pretrained(self, folder, tensors=None):
-        """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: zero as <image>'s row of the output matrix"""
+        """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: <image> has a row of zeros in lm_head."""
         with shapes_only():
             model = HaploVL(self.base, self.pre)
         model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
@@ -210,17 +210,15 @@ class Distillation(PreDecoder):
                                        for name, bias in model.state_dict().items()})
 
 
-def options(stage):
+def options(stage=1):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s --stage 1|2 [options]")
     g = parser.add_argument_group("the model and its samples")
     g.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: distillation; 2: answers")
-    if stage == 1:
-        g.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="Hugging Face LLaMA folder")
-        g.add_argument("--clip", metavar="DIR", dest="clip_folder", default=TOY / "clip", help="Hugging Face CLIP's")
-        g.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"), default="anyres_max_6",
-                       help="a picture is up to 6 tiles, or one square")
-    else:
-        g.add_argument("--model", metavar="DIR", default=TOY / "haplovl-1", help="folder of stage 1")
+    g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")
+    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
+    g.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
+                   help="stage 1: a picture is up to 6 tiles (None: this), or one square")
+    g.add_argument("--model", metavar="DIR", help=f"stage 2: folder of stage 1; None: {TOY}/haplovl-1")
     g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
     engine.add_options(parser, f"haplovl-{stage}", ("captions/*.tar", "chats/chat.json")[stage - 1],
                        "img2dataset shards, COCO Karpathy JSON, LLaVA JSON", steps=30_000, warmup=900, batch=128,
@@ -240,9 +238,9 @@ def new_configs(llm, clip, aspect_ratio):
 
 def distill(args, dist):
     """-> the model of stage 1, its loss"""
-    folder, clip_folder = Path(require_path(args.llm)), require_path(args.clip_folder)
+    folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
     llm, sizes = LlamaConfig.from_file(folder / "config.json"), read_clip_sizes(clip_folder)
-    model = Distillation(*new_configs(llm, sizes, args.image_aspect_ratio), sizes["hidden_size"])
+    model = Distillation(*new_configs(llm, sizes, args.image_aspect_ratio or "anyres_max_6"), sizes["hidden_size"])
     model.text = Text(folder / "tokenizer.model")
     with shapes_only():
         clip = ClipViT(**sizes)
@@ -258,18 +256,21 @@ def distill(args, dist):
 
 
 def main():
-    first = argparse.ArgumentParser(add_help=False)       # what the other options are depends on the stage
+    first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--stage", type=int, choices=(1, 2), default=1)
     args = options(first.parse_known_args()[0].stage).parse_args()
     if args.plan:
         raise UserError("--plan counts Libra's parts only")
+    if args.model if args.stage == 1 else args.llm or args.clip_folder or args.image_aspect_ratio:
+        raise UserError("--llm, --clip and --image-aspect-ratio belong to stage 1, --model to stage 2")
     dist = engine.setup(args)
     args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
     if args.stage == 1:
         model, loss = distill(args, dist)
     else:
-        model, loss = HaploVL.from_pretrained(require_path(args.model)), lambda wrapped, batch: {"text": wrapped(batch)}
-        model.text = Text(Path(args.model) / "tokenizer.model")
+        folder = Path(require_path(args.model or TOY / "haplovl-1"))
+        model, loss = HaploVL.from_pretrained(folder), lambda wrapped, batch: {"text": wrapped(batch)}
+        model.text = Text(folder / "tokenizer.model")
     model.checkpoint_activations = args.checkpoint_activations
     builder = shared.ChatBuilder(model.text, model.base, args.max_length, every_token=args.stage == 1)
     train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)

@@ -52,7 +52,7 @@ def check_canvases(config):
         return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
                 and not any(x % side for x in canvas) and math.prod(canvas) <= 1.21 * most * side ** 2)
     if config.tiled and not all(map(fits, config.image_grid_pinpoints)):
-        raise UserError(f"config: image_grid_pinpoints are not (height, width) of at most {most} tiles of {side} pixels")
+        raise UserError(f"config: image_grid_pinpoints are not pairs (height, width) of at most {most} tiles of {side}")
 
 
 def patch_order(width, height, config):
