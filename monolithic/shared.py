@@ -32,7 +32,7 @@ from tokenizer import clip_mean_std, prepare
 
 def published_canvases(side):
     """1 x 1 to 1 x 6, 2 x 1 to 2 x 3, ..., 6 x 1 tiles -> 14 (height, width)"""
-    return [(side * r, side * c) for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
+    return [[side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
 
 
 def choose_canvas(width, height, config):

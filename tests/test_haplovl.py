@@ -291,7 +291,7 @@ def test_defaults_of_the_published_config(tmp_path):
               "image_token_index": 151646, "image_aspect_ratio": "anyres_max_6", "hidden_size": 4096,
               "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
     assert wanted.items() <= asdict(base).items() and wanted.items() <= asdict(pre).items()
-    assert base.image_grid_pinpoints[:3] == [(336, 336), (336, 672), (336, 1008)]
+    assert base.image_grid_pinpoints[:3] == [[336, 336], [336, 672], [336, 1008]]
     haplo = {"model_type": "haplo", "base_config": {}, "pre_config": {}}
     for values in ({}, {"model_type": "haplo", "base_config": {}}, haplo | {"model_type": "llama"},
                    haplo | {"base_config": {"image_grid_pinpoints": [[336]]}},
