@@ -4,8 +4,7 @@
     python -m monolithic.haplovl --stage 2 --model runs/haplovl-1 --data llava_v1_5_mix665k.json --images DIR
 
 Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers.
-"Ours" marks what the paper leaves open. Letters: B rows, L positions, V vocabulary, S pixels and g patches of a tile's
-side, n image tokens of a batch, D_pre and D hidden sizes of the pre-decoder and of the LLM.
+"Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
 """
 import argparse
 import re
@@ -22,13 +21,14 @@ import llama
 from common.cli import POSITIVE, TOY, Help, require_path, run
 from common.config import check_divisible
 from common.weights import UserError, assign, read_json, shapes_only
-from llama import Block, Linear, LlamaConfig, RMSNorm
+from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
 from monolithic import shared
 from pretrain import train
 from text import Text
 from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
 from training import engine
+from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -119,7 +119,7 @@ class PreDecoder(nn.Module):
         """x (B, L, size of the half) -> the same through its layers"""
         positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
         rope = llama.rope_tables(rope_config, positions, x.dtype)
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        x, recompute = shared.as_products(x), self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(layers):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             x = run(x, rope, cache, layer, mask)
@@ -171,7 +171,7 @@ class HaploVL(PreDecoder):
         """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
         base, pre = asdict(self.base), asdict(self.pre)
         shared.save_folder(folder, tensors or self.state_dict(), self.text,
-                    {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
+                           {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
 
 
 # ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
@@ -202,12 +202,12 @@ class Distillation(PreDecoder):
         with shapes_only():
             model = HaploVL(self.base, self.pre)
         model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
-        llm = llama.read_llama_tensors(self.text.path.parent, self.base, tensors["logit_scale"].dtype)
-        output = llm.pop("lm_head.weight", llm.pop("model.embed_tokens.weight"))
-        tensors |= {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
-        tensors["lm_head.weight"] = F.pad(output, (0, 0, 0, 1))
-        model.save_pretrained(folder, {name: tensors[name] if name in tensors else torch.zeros(bias.shape).to(output)
-                                       for name, bias in model.state_dict().items()})
+        llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
+        llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
+        llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
+        biases = {name: torch.zeros(t.shape) for name, t in model.state_dict().items() if name.endswith("bias")}
+        tensors = biases | llm | tensors
+        model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
 
 
 def options(stage=1):
@@ -239,14 +239,15 @@ def new_configs(llm, clip, aspect_ratio):
 def distill(args, dist):
     """-> the model of stage 1, its loss"""
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, sizes = LlamaConfig.from_file(folder / "config.json"), read_clip_sizes(clip_folder)
-    model = Distillation(*new_configs(llm, sizes, args.image_aspect_ratio or "anyres_max_6"), sizes["hidden_size"])
+    llm, sizes = Llama.from_pretrained(folder).requires_grad_(False), read_clip_sizes(clip_folder)
+    base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
+    model = Distillation(base, pre, sizes["hidden_size"])
     model.text = Text(folder / "tokenizer.model")
     with shapes_only():
-        clip = ClipViT(**sizes)
-    assign(clip, read_clip_weights(clip_folder, dist.dtype), clip_folder)
-    clip = clip.requires_grad_(False).to(dist.device)
-    table = llama.read_llama_tensors(folder, llm, dist.dtype)["model.embed_tokens.weight"].to(dist.device)
+        clip = ClipViT(**sizes).requires_grad_(False)
+    assign(clip, read_clip_weights(clip_folder, torch.float32), clip_folder)
+    args.frozen = fingerprint(llm, clip)
+    table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
 
     def loss(wrapped, batch):
         with torch.no_grad():                             # ours: the last layer but one, as LLaVA

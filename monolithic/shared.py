@@ -193,6 +193,11 @@ class ChatBuilder:
     max_length: int
     every_token: bool = False                             # all text is a target, not the answers or captions alone
 
+    def __post_init__(self):
+        if self.text.vocab_size > self.config.image_token_index:
+            raise UserError(f"{self.text.path}: {self.text.vocab_size} tokens, the model beside it has "
+                            f"{self.config.image_token_index}: these files do not belong together")
+
     def __call__(self, source, place, epoch):
         name, words, pictures = read_sample(source, place)
         if source.kind == "llava":
@@ -222,6 +227,12 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+
+
+def as_products(x):
+    """Under autocast norms and embeddings are float32, products bfloat16: the layers get the type of the products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def save_folder(folder, tensors, text, config):
