@@ -205,13 +205,12 @@ class Distillation(PreDecoder):
         llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
         llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
         llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
-        biases = {name: torch.zeros(t.shape) for name, t in model.state_dict().items() if name.endswith("bias")}
-        tensors = biases | llm | tensors
+        tensors = {k: torch.zeros(t.shape) for k, t in model.state_dict().items() if "bias" in k} | llm | tensors
         model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
 
 
 def options(stage=1):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s --stage 1|2 [options]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, prog="python -m monolithic.haplovl")
     g = parser.add_argument_group("the model and its samples")
     g.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: distillation; 2: answers")
     g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")

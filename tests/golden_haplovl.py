@@ -119,15 +119,27 @@ def compare_generation(model, pictures, mask, io, report):
             at += next(sizes) if is_image else 1
         prompts.append(prompt)
     pictures = pictures[:sum(prompt.count(IMG) for prompt in prompts)]
-    ours = torch.cat(list(model.generate(prompts, pictures, new.shape[1])), dim=1)
+    ours, cached = torch.cat(list(model.generate(prompts, pictures, new.shape[1])), dim=1), []
     report.append((f"gen.new_ids ({(ours != new).sum()} differ)", float((ours != new).sum()), 0))
-    if "gen.step_logits" in io:                           # from one uncached pass over prompts and answers
+    if "gen.step_logits" not in io:
+        return
+    lengths, plain = torch.tensor([len(row) for row in rows]), model.hidden
+
+    def recorded(ids, batch, caches):
+        hidden = plain(ids, batch, caches)
+        cached.append(hidden[torch.arange(len(rows)), lengths - 1] if batch else hidden[:, 0])
+        return hidden
+    model.hidden = recorded
+    list(model.generate(prompts, pictures, new.shape[1]))
+    model.hidden = plain
+    if torch.equal(ours, new):                            # else the caches hold other tokens
+        report.same("gen.step_logits", model.lm_head(torch.stack(cached)), io["gen.step_logits"])
+    if not (new == c.image_token_index).any():            # again from one uncached pass over prompts and answers
         whole, real = pad([row + answer for row, answer in zip(rows, new.tolist())])
         answer = real & ~pad([[1] * len(row) + [0] * new.shape[1] for row in rows])[0].bool()
-        assert not (new == c.image_token_index).any()
         hidden = model.hidden(whole, Batch.build(whole, real, pictures, c))
         before = F.pad(answer[:, 1:], (0, 1))             # the positions that predict the answer
-        report.same("gen.step_logits", model.lm_head(hidden[before]).unflatten(0, new.shape),
+        report.same("gen.step_logits, uncached", model.lm_head(hidden[before]).unflatten(0, new.shape),
                     io["gen.step_logits"].transpose(0, 1))
 
 
