@@ -429,6 +429,8 @@ class SampleDataset(torch.utils.data.Dataset):
     def collate(self, items):
         bad = [item.args for item in items if isinstance(item, BadSample)]
         samples = [item for item in items if not isinstance(item, BadSample)]
+        if hasattr(self.builder, "collate"):              # of a model that reads other batches than Libra's
+            return self.builder.collate(samples, bad)
         c, r, streams = self.builder.config, self.builder.resolution, None
         if c:
             blank = torch.zeros(c.image_feature_resolution ** 2, c.vision_codebook_num, dtype=torch.long)

@@ -3,7 +3,8 @@
     python tests/test_golden.py FOLDER...        # a folder of cases, or of folders of cases
 
 prints the largest absolute difference per case and output, and exits non-zero above 1e-4 (gradients: largest difference
-over largest magnitude, 1e-3). Under pytest the folder comes from the environment variable LIBRA_GOLDEN.
+over largest magnitude, 1e-3). Under pytest the folders come from the environment variables LIBRA_GOLDEN and
+LIBRA_GOLDEN_HAPLOVL.
 """
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import sys
 import traceback
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,6 +364,9 @@ def kind_of(folder):
     if "io.safetensors" not in files:
         return None
     config = json.loads((folder / "config.json").read_text()) if "config.json" in files else {}
+    if "pre_config" in config:
+        from golden_haplovl import case_haplovl
+        return partial(case_haplovl, tensors=tensors, compare_gradients=compare_gradients)
     for key, case in (("vision_codebook_num", case_llm), ("ddconfig", case_vqmodel), ("patch_size", case_clip),
                       ("ch_mult", case_decoder), ("ndf", case_discriminator), ("codebook_size", case_lfq)):
         if key in config:
@@ -375,7 +380,8 @@ def folders(paths):
         yield from (folder for folder in inner if kind_of(folder))
 
 
-GOLDEN = list(folders([os.environ["LIBRA_GOLDEN"]])) if os.environ.get("LIBRA_GOLDEN") else []
+VARIABLES = ("LIBRA_GOLDEN", "LIBRA_GOLDEN_HAPLOVL")
+GOLDEN = list(folders([os.environ[name] for name in VARIABLES if os.environ.get(name)]))
 
 
 @pytest.mark.skipif(not GOLDEN, reason="no golden folder: name one with LIBRA_GOLDEN=FOLDER")
