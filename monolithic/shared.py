@@ -248,14 +248,17 @@ def save_folder(folder, tensors, text, config):
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
     """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what prepare_picture
-    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends.
+    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends,
+    or when the longest row is at the end of the positions.
 
     model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each half; model.text: None, or only its tokens
     are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
     """
     config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
-    if (shown := sum(ids.count(IMG) for ids in prompts)) != len(pictures):
-        raise UserError(f"{len(pictures)} pictures are given, the prompts show {shown}")
+    shown = sum(ids.count(IMG) for ids in prompts)
+    if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
+        raise UserError(f"generate: {len(prompts)} prompts with {shown} pictures, {len(pictures)} pictures, {max_new_tokens}"
+                        " new tokens; expected prompts of a token or more, as many pictures, one new token or more")
     pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), config) for p in pictures]
     sizes, rows = [len(order) for _, order in pictures], []
     for ids in prompts:

@@ -195,7 +195,7 @@ def test_generation_stops_and_refuses():
     whole = answer(model, PROMPTS, PICTURES, **sampling)
     stopped = answer(model, PROMPTS, PICTURES, stop=whole[0][2], **sampling)
     assert stopped[0][:3] == whole[0][:3] and set(stopped[0][3:]) == {whole[0][2]}
-    for prompts, pictures, what in (([[1, IMG]], [], "pictures"), ([[1] * 256], [], "too little room"),
+    for prompts, pictures, what in (([[1, IMG]], [], "pictures"), ([[1] * 256], [], "too little room"), ([], [], "0 prompts"),
                                     ([[1, IMG]], ["missing.png"], "missing.png")):
         with pytest.raises(UserError, match=what):
             list(model.generate(prompts, pictures))
