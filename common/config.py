@@ -26,7 +26,7 @@ LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_re
          "codebook_size": 2, "vision_vocab_size": 3}
 MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num": 1000, "num_res_blocks": 100,
         "ch_mult": 1000, "vocab_size": 2 ** 24, "max_position_embeddings": 2 ** 24, "codebook_size": 2 ** 20,
-        "vision_vocab_size": 2 ** 21}
+        "vision_vocab_size": 2 ** 21, "image_token_index": 2 ** 24}
 
 
 def read_config(cls, path, sizes, changes):

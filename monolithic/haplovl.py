@@ -8,7 +8,7 @@ Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embedding
 """
 import argparse
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llama
 from common.cli import POSITIVE, TOY, Help, require_path, run
-from common.config import check_divisible
+from common.config import check_divisible, make_config
 from common.weights import UserError, assign, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
@@ -43,7 +43,7 @@ class HalfConfig(LlamaConfig):
     attention_rope: bool = False                          # of pre_config: RoPE of its own, else base_config's
     patch_size: int = 14
     default_image_size: int = 336                         # S
-    image_grid_pinpoints: tuple = ()                      # canvases: height, width; (): the 14 published ones
+    image_grid_pinpoints: list = field(default_factory=list)      # canvases: height, width; []: the 14 published ones
     image_aspect_ratio: str = "anyres_max_6"              # with "any": tiles; else one square
     image_token_index: int = 151646
     bias = True
@@ -54,29 +54,27 @@ class HalfConfig(LlamaConfig):
         self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
         self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
         if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
-            raise UserError(f"config: no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
+            raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
 
 
 def read_config(path):
     """-> base, pre. Fields that are not ours belong to transformers; three that change what is computed are checked."""
     values, halves = read_json(path), []
-    try:
-        for name in ("base_config", "pre_config"):
-            half = values.get(name)
-            if values.get("model_type") != "haplo" or not isinstance(half, dict):
-                raise UserError("config: expected model_type haplo, a base_config and a pre_config")
-            for field, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
-                if half.get(field, known) != known:
-                    raise UserError(f"config: {field} is {half[field]!r}, HaploVL computes only {known!r}")
-            half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
-            halves.append(HalfConfig(**{name: half[name] for name in HalfConfig.__dataclass_fields__ if name in half}))
-        base, pre = halves
-        shared.check_canvases(base)
-        if not pre.attention_rope and pre.head_dim != base.head_dim:
-            raise UserError(f"config: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")
-        return base, pre
-    except UserError as error:
-        raise UserError(f"{error} ({path})") from None
+    for name in ("base_config", "pre_config"):
+        half = values.get(name)
+        if values.get("model_type") != "haplo" or not isinstance(half, dict):
+            raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
+        for key, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
+            if half.get(key, known) != known:
+                raise UserError(f"{path}: {key} is {half[key]!r}, HaploVL computes only {known!r}")
+        half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
+        half = {key: half[key] for key in HalfConfig.__dataclass_fields__ if key in half}
+        halves.append(make_config(HalfConfig, half, path))
+    base, pre = halves
+    shared.check_canvases(base, path)
+    if not pre.attention_rope and pre.head_dim != base.head_dim:
+        raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")
+    return base, pre
 
 
 # ---------------------------------------------------------------- the model
@@ -244,7 +242,7 @@ def distill(args, dist):
     model.text = Text(folder / "tokenizer.model")
     with shapes_only():
         clip = ClipViT(**sizes).requires_grad_(False)
-    assign(clip, read_clip_weights(clip_folder, torch.float32), clip_folder)
+    assign(clip, read_clip_weights(clip_folder), clip_folder)
     args.frozen = fingerprint(llm, clip)
     table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
 
@@ -272,7 +270,7 @@ def main():
         model, loss = HaploVL.from_pretrained(folder), lambda wrapped, batch: {"text": wrapped(batch)}
         model.text = Text(folder / "tokenizer.model")
     model.checkpoint_activations = args.checkpoint_activations
-    builder = shared.ChatBuilder(model.text, model.base, args.max_length, every_token=args.stage == 1)
+    builder = shared.ChatBuilder(model.text, model.base, args.max_length, args.seed, every_token=args.stage == 1)
     train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)
 
 

@@ -25,7 +25,7 @@ from common.weights import UserError, save_tensors, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
 from llama import Attention, KVCache, causal_attention, linear
 from text import IMG, Text
-from tokenizer import clip_mean_std, prepare
+from tokenizer import MEAN, STD, prepare
 
 # ---------------------------------------------------------------- tiles
 
@@ -44,7 +44,7 @@ def choose_canvas(width, height, config):
     return max(config.image_grid_pinpoints, key=fit)
 
 
-def check_canvases(config):
+def check_canvases(config, source):
     """Pictures of more tiles the authors' code would shrink, which is not done here."""
     side, most = config.default_image_size, int(re.sub(r"\D", "", config.image_aspect_ratio) or 0)
 
@@ -52,7 +52,7 @@ def check_canvases(config):
         return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
                 and not any(x % side for x in canvas) and math.prod(canvas) <= 1.21 * most * side ** 2)
     if config.tiled and not all(map(fits, config.image_grid_pinpoints)):
-        raise UserError(f"config: image_grid_pinpoints are not pairs (height, width) of at most {most} tiles of {side}")
+        raise UserError(f"{source}: image_grid_pinpoints are not (height, width) of at most {most} tiles of {side}")
 
 
 def patch_order(width, height, config):
@@ -87,8 +87,7 @@ def prepare_picture(image, config):
              for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
     tiles = np.stack([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles])
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
-    mean, std = clip_mean_std(pixels)
-    return (pixels - mean) / std, order
+    return (pixels - MEAN.to(pixels)) / STD.to(pixels), order
 
 
 # ---------------------------------------------------------------- rows of ids
@@ -123,7 +122,7 @@ class Batch(NamedTuple):
     segments: list             # [(start, end, is image)] if all rows have images at the same places, else None
     loss_mask: torch.Tensor    # (B, L) bool: targets
     names: list
-    listed: list               # (cause, name) of bad samples
+    listed: list               # (cause, name, file) of bad samples
 
     @classmethod
     def build(cls, ids, mask, pictures, config, loss_mask=None, names=(), listed=()):
@@ -191,6 +190,7 @@ class ChatBuilder:
     text: Text
     config: object
     max_length: int
+    seed: int = 0
     every_token: bool = False                             # all text is a target, not the answers or captions alone
 
     def __post_init__(self):
@@ -203,7 +203,8 @@ class ChatBuilder:
         if source.kind == "llava":
             ids, labels = self.text.chat(llava_turns(words, len(pictures), name))
         else:
-            ids, labels = self.text.caption(clean_caption(words, name))
+            choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
+            ids, labels = self.text.caption(clean_caption(words, name, choice))
         labels = [1] * len(ids) if self.every_token else labels
         pictures = [prepare_picture(picture, self.config) for picture in pictures]
         sizes, most = [len(order) for _, order in pictures], min(self.max_length, self.config.max_position_embeddings)
@@ -257,8 +258,8 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampl
     config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
     shown = sum(ids.count(IMG) for ids in prompts)
     if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
-        raise UserError(f"generate: {len(prompts)} prompts with {shown} pictures, {len(pictures)} pictures, {max_new_tokens}"
-                        " new tokens; expected prompts of a token or more, as many pictures, one new token or more")
+        raise UserError(f"generate: {len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures, "
+                        f"{max_new_tokens} new tokens; expected prompts of a token or more and all their pictures")
     pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), config) for p in pictures]
     sizes, rows = [len(order) for _, order in pictures], []
     for ids in prompts:

@@ -195,8 +195,8 @@ def test_generation_stops_and_refuses():
     whole = answer(model, PROMPTS, PICTURES, **sampling)
     stopped = answer(model, PROMPTS, PICTURES, stop=whole[0][2], **sampling)
     assert stopped[0][:3] == whole[0][:3] and set(stopped[0][3:]) == {whole[0][2]}
-    for prompts, pictures, what in (([[1, IMG]], [], "pictures"), ([[1] * 256], [], "too little room"), ([], [], "0 prompts"),
-                                    ([[1, IMG]], ["missing.png"], "missing.png")):
+    for prompts, pictures, what in (([[1, IMG]], [], "pictures"), ([[1] * 256], [], "too little room"),
+                                    ([[1, IMG]], ["missing.png"], "missing.png"), ([], [], "0 prompts")):
         with pytest.raises(UserError, match=what):
             list(model.generate(prompts, pictures))
     with pytest.raises(UserError, match="image tokens"):
@@ -278,8 +278,9 @@ def test_folders(tmp_path):
             "num_attention_heads", 5, "divide"), ("attention_rope", "yes", "yes"), ("hidden_size", 64, "shape")):
         pre = config["pre_config"] | {name: value}
         (tmp_path / "b/config.json").write_text(json.dumps(config | {"pre_config": pre}))
-        with pytest.raises(UserError, match=f"{said}.*config.json"):
+        with pytest.raises(UserError) as error:
             HaploVL.from_pretrained(tmp_path / "b")
+        assert said in str(error.value) and "config.json" in str(error.value)
 
 
 def test_defaults_of_the_published_config(tmp_path):
