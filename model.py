@@ -361,13 +361,11 @@ class Libra(Llama):
                                 ImageTokenizer.from_pretrained(image_tokenizer or folder, device))
         sizes = vision_sizes(tokenizers.image.config) | {"newline_token_id": tokenizers.text.newline}
         model = load(folder, sizes, dtype, **changes)
-        for name, value in sizes.items():
+        pieces = tokenizers.text.vocab_size               # an embedding may be padded: more rows than pieces
+        for name, value in (sizes | {"vocab_size": max(model.config.vocab_size, pieces)}).items():
             if getattr(model.config, name) != value:
                 raise UserError(f"{folder}/config.json: {name} is {getattr(model.config, name)}, but the tokenizers "
                                 f"beside it have {value}: these files do not belong together")
-        if model.config.vocab_size < tokenizers.text.vocab_size:              # more rows: a padded embedding
-            raise UserError(f"{folder}/config.json: vocab_size is {model.config.vocab_size}, but tokenizer.model has "
-                            f"{tokenizers.text.vocab_size} pieces: these files do not belong together")
         model.tokenizers = tokenizers
         return model.to(device)
 

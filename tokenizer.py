@@ -310,13 +310,12 @@ class ImageTokenizerConfig:
     def __post_init__(self):
         check_fields(self)
         c, clip = self, make_config(ClipConfig, self.clip, "clip")
-        c.clip = asdict(clip)
-        side, layers = clip.image_size // clip.patch_size, clip.num_hidden_layers
+        c.clip, layers = asdict(clip), clip.num_hidden_layers
         for fits, problem in (
                 (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
                 (c.quantizer in ("lfq", "vq"), f"quantizer is {c.quantizer!r}, expected lfq or vq"),
-                ((clip.image_size, side) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do "
-                 f"not fit a CLIP of {clip.image_size} pixels and patches of {clip.patch_size}"),
+                ((c.resolution, c.grid) == (clip.image_size, clip.image_size // clip.patch_size),
+                 f"resolution {c.resolution} and grid {c.grid} do not fit a CLIP of {clip.image_size} pixels"),
                 (c.select_layers and max(c.select_layers) <= layers, f"select_layers are {list(c.select_layers)}, but "
                  f"the states of its CLIP are 0 (the embedding) to {layers}"),
                 (len(c.ch_mult) > 1, f"ch_mult {list(c.ch_mult)} has one level, expected two or more"),

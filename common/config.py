@@ -36,7 +36,7 @@ def read_config(cls, path, sizes, changes):
     for name in [name for name in values if name not in known]:
         if not has_no_effect(name, value := values.pop(name)):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, which this model does not compute")
-        if isinstance(value, dict) and "rope_theta" in value:    # rope_parameters of newer versions of Hugging Face
+        if name.startswith("rope_") and "rope_theta" in (value or ()):        # newer versions of Hugging Face
             values["rope_theta"] = value["rope_theta"]
     if missing := (REQUIRED if is_llama(path) else REQUIRED | REQUIRED_VISION) - values.keys():
         raise UserError(f"{path}: it lacks {', '.join(sorted(missing))}")
