@@ -374,25 +374,40 @@ class ImageTokenizer(nn.Module):
 
 # ---------------------------------------------------------------- files and their mistakes
 
-def read_image_tokenizer(folder, dtype):
-    """-> ImageTokenizerConfig, tensors, the path they came from"""
-    if (folder / "image_tokenizer").is_dir():
-        folder = folder / "image_tokenizer"
-    if (folder / published.CONFIG).is_file():
-        sizes, checkpoint, clip_folder = published.read_published_config(folder)
-        config = ImageTokenizerConfig(clip=read_clip_sizes(clip_folder), **sizes)
-        tensors = published.read_published_weights(checkpoint, dtype)
-        if not any(name.startswith(published.CLIP) for name in tensors):
-            tensors |= read_clip_weights(clip_folder, dtype, published.CLIP)
-        return config, tensors, checkpoint
-    path, known = folder / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
-    values = read_json(path) if path.is_file() else {}
-    if "clip" not in values:
+def find_image_tokenizer(folder):
+    """-> the folder, `folder` or one inside it, that holds an image tokenizer, ours or a published one; else None"""
+    for place in (Path(folder) / "image_tokenizer", Path(folder)):
+        path = place / "config.json"
+        if (place / published.CONFIG).is_file() or path.is_file() and "clip" in read_json(path):
+            return place
+
+
+def read_image_config(folder):
+    """-> ImageTokenizerConfig, the folder that it was found in"""
+    place = find_image_tokenizer(folder)
+    if place is None:
         raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer or {published.CONFIG} in it. A LLaMA "
                         "has none: pretrain.py gives it one (--llm, --image-tokenizer)")
+    if (place / published.CONFIG).is_file():
+        sizes, _, clip_folder = published.read_published_config(place)
+        return ImageTokenizerConfig(clip=read_clip_sizes(clip_folder), **sizes), place
+    path, known = place / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
+    values = read_json(path)
     if different := known ^ values.keys():
         raise UserError(f"{path}: missing or unknown fields: {sorted(different)}")
-    return ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
+    return ImageTokenizerConfig(**values), place
+
+
+def read_image_tokenizer(folder, dtype):
+    """-> ImageTokenizerConfig, tensors, the path they came from"""
+    config, folder = read_image_config(folder)
+    if not (folder / published.CONFIG).is_file():
+        return config, read_folder(folder, dtype), folder
+    _, checkpoint, clip_folder = published.read_published_config(folder)
+    tensors = published.read_published_weights(checkpoint, dtype)
+    if not any(name.startswith(published.CLIP) for name in tensors):
+        tensors |= read_clip_weights(clip_folder, dtype, published.CLIP)
+    return config, tensors, checkpoint
 
 
 def read_clip_sizes(folder):
