@@ -66,12 +66,14 @@ def vq_loss(projected, vectors, commitment_weight=0.25):
 class Discriminator(nn.Module):
     """PatchGAN: pictures (B, 3, R, R) -> logits of patches (B, 1, h, w), positive for real ones"""
 
-    def __init__(self):
+    def __init__(self, channels=64, layers=3):
         super().__init__()
-        parts = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for width, wider, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+        parts, width = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        for layer in range(1, layers + 1):
+            wider, stride = channels * min(2 ** layer, 8), 1 + (layer < layers)
             parts += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*parts, nn.Conv2d(512, 1, 4, 1, 1))
+            width = wider
+        self.main = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, 1, 1))
         for module in self.main:
             if not isinstance(module, nn.LeakyReLU):
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
@@ -124,7 +126,8 @@ class LPIPS(nn.Module):
         x, found = (x - shift) / scale, []
         for n, layer in enumerate(self.features):
             x = layer(x)
-            found += [F.normalize(x, dim=1, eps=1e-10)] * (n in self.compared)
+            if n in self.compared:
+                found.append(F.normalize(x, dim=1, eps=1e-10))
         return found
 
     def forward(self, rgb, target):

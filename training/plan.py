@@ -5,9 +5,9 @@
     python -m training.plan train_tokenizer --clip clip-vit-large-patch14-336
 
 --gpus N (8), --memory GB of a GPU (80), --tflops TFLOP/s that a GPU reaches (150), --text-tokens of a sample on average
-(50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are those of the average sample, memory is
-that of the longest rows (--max-length). The memory of activations is measured by running the model on torch's fake
-tensors, which have shapes and no content; all layers are alike, so models of one and of two layers tell of many.
+(50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are those of an average sample, memory
+that of the longest rows (--max-length). Activations are measured by running the model on torch's fake tensors, which
+have shapes and no content. All layers are alike: models of one and two layers are built.
 """
 import importlib
 import os
@@ -70,8 +70,8 @@ def show_libra(args, stage, llm, image_tokenizer=None, **changes):
     flops = flops_of(config, clip_config, train_llama)(token_counts(sample) | {"images": 1})
     weights = libra_weights(config, train_llama) | {"image tokenizer": (tokenizer_costs(clip_config)[0], False)}
     memory, _ = libra_memory(args, config, clip_config, train_llama, args.nproc, args.memory * 1e9)
-    title = (f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {args.micro_batch} samples a pass, an "
-             f"image of {config.image_tokens} tokens and {args.text_tokens} of text, {longest} at most")
+    title = (f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {args.micro_batch} samples a pass, "
+             f"an image of {config.image_tokens} tokens and {args.text_tokens} of text, {longest} at most")
     show(args, title, weights, memory, flops)
     if stage == "pretrain" and config.hidden_size == 4096 and config.num_hidden_layers == 32:
         print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
