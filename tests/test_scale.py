@@ -265,7 +265,7 @@ def planned(words):
 def test_plan_sizes_memory_by_the_longest_rows():
     """FLOPs are those of the average row, memory is that of rows of --max-length, which a batch may be made of."""
     (memory, flops), (average, same_flops) = (planned(f"sft --micro-batch 4 --max-length {n}") for n in (2048, 880))
-    assert flops == same_flops and average["zero"][0] + 30 < memory["zero"][0]                # 300 tokens of text in 880
+    assert flops == same_flops and average["zero"][0] + 30 < memory["zero"][0]                # 880: 300 of text
     config = LibraConfig(**CONFIG)
     for length, text in ((100, 32), (200, 132), (1000, 188)):                 # 66 image tokens, 256 positions
         assert plan.longest_text(SimpleNamespace(max_length=length), config) == text

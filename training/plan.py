@@ -157,9 +157,8 @@ def libra_weights(config, train_llama):
     """-> {part: (number of weights, whether they learn)}"""
     parts = {}
     for name, p in one_layer(config, train_llama).named_parameters():
-        before, _ = parts.get(part_of(name), (0, None))
-        layers = config.num_hidden_layers if ".layers." in name else 1
-        parts[part_of(name)] = before + layers * p.numel(), p.requires_grad
+        number = p.numel() * (config.num_hidden_layers if ".layers." in name else 1)
+        parts[part_of(name)] = parts.get(part_of(name), (0,))[0] + number, p.requires_grad
     return parts
 
 
@@ -254,8 +253,8 @@ def activation_bytes(config, streams, train_llama, dtype, args):
             signal = torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype)
             return saved_bytes(model.parameters(), lambda: model.loss(streams, signal))
     one, two = measure(1), measure(2)
-    inputs, layer = sum(streams.lengths) * config.hidden_size * dtype.itemsize, (two - one) * (
-        COMPILED if args.compile else 1)
+    inputs = sum(streams.lengths) * config.hidden_size * dtype.itemsize
+    layer = (two - one) * (COMPILED if args.compile else 1)
     return 2 * one - two + layer + (config.num_hidden_layers - 1) * (inputs if args.checkpoint_activations else layer)
 
 
