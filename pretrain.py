@@ -58,7 +58,7 @@ def main():
     if args.text_to_image:                                # a Libra that can draw stays one
         sizes["text_to_image"] = True
     if args.plan:
-        return plan.show(args, *plan.sizes(args.llm, args.image_tokenizer or args.llm, **sizes), "pretrain")
+        return plan.show_libra(args, "pretrain", args.llm, args.image_tokenizer, **sizes)
     refuse_other_sizes(args.llm, sizes)
     args.llm = args.llm or TOY / "llama"
     dist = engine.setup(args)
@@ -235,8 +235,8 @@ def train_libra(args, dist, model, builder):
 
     def counts(batch):
         return plan.token_counts(batch.streams) | {"images": len(batch.pixels)}
-    train(args, dist, model, builder, loss, counts, model.model.layers, plan.flops_of(model, tokenizer.config),
-          partial(save_page, dist, model))
+    flops = plan.flops_of(model.config, tokenizer.config, model.lm_head.weight.requires_grad)
+    train(args, dist, model, builder, loss, counts, model.model.layers, flops, partial(save_page, dist, model))
 
 
 def forward(model, tokenizer, batch, predict=False):

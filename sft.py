@@ -27,7 +27,7 @@ def options():
 def main():
     args = options().parse_args()
     if args.plan:
-        return plan.show(args, *plan.sizes(args.model, args.model), "sft")
+        return plan.show_libra(args, "sft", args.model)
     args.model = args.model or TOY / "pretrain"
     dist = engine.setup(args)
     model = Libra.from_pretrained(require_path(args.model))

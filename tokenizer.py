@@ -21,7 +21,7 @@ from torch import nn
 
 from common import published
 from common.config import check_divisible, check_fields, make_config
-from common.weights import UserError, assign, read_folder, read_json, save_tensors, shapes_only, write_json
+from common.weights import UserError, assign, first_few, read_folder, read_json, save_tensors, shapes_only, write_json
 
 # ---------------------------------------------------------------- pixels
 
@@ -392,23 +392,40 @@ class ImageTokenizer(nn.Module):
         save_tensors(folder / "model.safetensors", self.state_dict())
 
 
+def find_image_tokenizer(folder):
+    """-> the folder, `folder` or one inside it, that holds an image tokenizer, ours or a published one; else None"""
+    for place in (Path(folder) / "image_tokenizer", Path(folder)):
+        path = place / "config.json"
+        if (place / published.CONFIG).is_file() or path.is_file() and "clip" in read_json(path):
+            return place
+
+
+def read_image_config(folder):
+    """-> ImageTokenizerConfig, the folder that it was found in"""
+    place = find_image_tokenizer(folder)
+    if place is None:
+        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer, {published.CONFIG}, or config.json "
+                        "with a clip in it. A LLaMA gets one from pretrain.py --image-tokenizer")
+    if (path := place / published.CONFIG).is_file():
+        sizes, _, clip_folder = published.read_published_config(place)
+        return make_config(ImageTokenizerConfig, sizes | {"clip": read_clip_sizes(clip_folder)}, path), place
+    path = place / "config.json"
+    values = read_json(path)
+    if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
+        raise UserError(f"{path}: it lacks {first_few(missing)}")
+    return make_config(ImageTokenizerConfig, values, path), place
+
+
 def read_image_tokenizer(folder):
     """-> ImageTokenizerConfig, tensors, the path they came from"""
-    if (folder / "image_tokenizer").is_dir():
-        folder = folder / "image_tokenizer"
-    if (path := folder / published.CONFIG).is_file():
-        sizes, checkpoint, clip_folder = published.read_published_config(folder)
-        config = make_config(ImageTokenizerConfig, sizes | {"clip": read_clip_sizes(clip_folder)}, path)
-        tensors = published.read_published_weights(checkpoint)
-        if not any(name.startswith(published.CLIP) for name in tensors):
-            tensors |= read_clip_weights(clip_folder, published.CLIP)
-        return config, tensors, checkpoint
-    path = folder / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
-        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer, {published.CONFIG}, or config.json "
-                        f"with {min(missing)} in it. A LLaMA gets one from pretrain.py --image-tokenizer")
-    return make_config(ImageTokenizerConfig, values, path), read_folder(folder, torch.float32), folder
+    config, folder = read_image_config(folder)
+    if not (folder / published.CONFIG).is_file():
+        return config, read_folder(folder, torch.float32), folder
+    _, checkpoint, clip_folder = published.read_published_config(folder)
+    tensors = published.read_published_weights(checkpoint)
+    if not any(name.startswith(published.CLIP) for name in tensors):
+        tensors |= read_clip_weights(clip_folder, published.CLIP)
+    return config, tensors, checkpoint
 
 
 def read_clip_sizes(folder):

@@ -70,16 +70,13 @@ class Discriminator(nn.Module):
         super().__init__()
         parts, width = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
         for layer in range(1, layers + 1):
-            wider = channels * min(2 ** layer, 8)
-            stride = 2 if layer < layers else 1
+            wider, stride = channels * min(2 ** layer, 8), 1 + (layer < layers)
             parts += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
             width = wider
         self.main = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, 1, 1))
         for module in self.main:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+            if not isinstance(module, nn.LeakyReLU):
+                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
     def forward(self, x):
         return self.main(x)
@@ -99,46 +96,47 @@ def adaptive_weight(nll, g_loss, last_layer):
 
 class LPIPS(nn.Module):
     """Perceptual distance: squared difference of VGG-16's features, normalised at each position, weighted by channel"""
-    CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-    COMPARED = (3, 8, 15, 22, 29)                         # layers whose output is compared, by torchvision's numbers
 
     def __init__(self):
         super().__init__()
-        layers, width = [], 3
+        layers, width, self.compared = [], 3, []          # compared: layers at whose output, by torchvision's numbers
         with shapes_only():
-            for channels in self.CHANNELS:
-                if channels == "pool":
-                    layers.append(nn.MaxPool2d(2))
-                else:
+            for channels, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+                layers += [nn.MaxPool2d(2)] * (width > 3)
+                for _ in range(convolutions):
                     layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
                     width = channels
+                self.compared.append(len(layers) - 1)
             self.features = nn.Sequential(*layers)
-            self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in (64, 128, 256, 512, 512))
+            self.lin = nn.ModuleList(nn.Conv2d(layers[n - 1].out_channels, 1, 1, bias=False) for n in self.compared)
         self.requires_grad_(False)
 
     def read(self, vgg, linear):
         """vgg: file of torchvision's VGG-16; linear: file of LPIPS's weights for it"""
-        for module, file, pattern in ((self.features, vgg, r"features\.(\d+\.\w+)"),
-                                      (self.lin, linear, r"lin(\d)\.model\.1(\.weight)")):
-            def rename(name, pattern=pattern):
-                match = re.fullmatch(pattern, name)
-                return match and "".join(match.groups())
-            assign(module, select(read_tensors(file), torch.float32, rename), file)
+        def rename(name):
+            name = re.sub(r"^lin(\d)\.model\.1\.", r"lin.\1.", name)
+            return name if name.startswith(("features.", "lin.")) else None
+        tensors = [select(read_tensors(file), torch.float32, rename) for file in (vgg, linear)]
+        assign(self, tensors[0] | tensors[1], f"{vgg} and {linear}")
         return self.requires_grad_(False)
 
-    def forward(self, x, y):
-        """x, y (B, 3, R, R) in [-1, 1] -> mean distance"""
-        if x.shape[-1] < 16:
-            raise UserError(f"LPIPS needs pictures of at least 16 pixels, these have {x.shape[-1]}")
-        shift, scale = (torch.tensor(v, device=x.device)[:, None, None]
-                        for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
-        x, lin, total = (torch.cat([x, y]) - shift) / scale, iter(self.lin), 0.0
+    def states(self, x):
+        """x (B, 3, R, R) in [-1, 1] -> VGG's features at the compared layers, normalised"""
+        shift, scale = (x.new_tensor(v)[:, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+        x, found = (x - shift) / scale, []
         for n, layer in enumerate(self.features):
             x = layer(x)
-            if n in self.COMPARED:
-                a, b = F.normalize(x, dim=1, eps=1e-10).chunk(2)
-                total = total + next(lin)((a - b).square()).mean()
-        return total
+            if n in self.compared:
+                found.append(F.normalize(x, dim=1, eps=1e-10))
+        return found
+
+    def forward(self, rgb, target):
+        """rgb, target (B, 3, R, R) in [-1, 1] -> mean distance; without a gradient for the target"""
+        if rgb.shape[-1] < 16:
+            raise UserError(f"LPIPS needs pictures of at least 16 pixels, these have {rgb.shape[-1]}")
+        with torch.no_grad():
+            targets = self.states(target)
+        return sum(lin((a - b).square()).mean() for lin, a, b in zip(self.lin, self.states(rgb), targets))
 
 
 def clip_distance(clip, rgb, pixels):
@@ -160,7 +158,9 @@ NUMBERS = {"embed_dim": "channels on both sides of the quantizer", "codebook_siz
 LISTS = {"select_layers": "CLIP states that make up the signal; 0: its embedding",
          "ch_mult": "channels of each level / --ch, full resolution first",
          "attn_resolutions": "sides of the levels with attention; None: the codes' grid"}
-LIMITS = {"num_res_blocks": (0,), "select_layers": (0,), "codebook_size": (2, 2 ** 18)}    # the loss needs all codes
+WEIGHTS = (("perceptual", 1.0, "of LPIPS; L1 has weight 1"), ("l2", 0.0, "of the mean squared error"),
+           ("clip", 0.0, "of a loss in CLIP's features"), ("entropy", 0.1, "of LFQ's entropy losses"),
+           ("disc", 0.8, "of the discriminator's, times an adaptive one"))
 PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
 DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
         "num_attn_heads": 2, "num_res_blocks": 0, "ch_mult": (1, 1, 2, 2), "attn_resolutions": (7,)}    # for 56 pixels
@@ -174,18 +174,14 @@ def options():
     g.add_argument("--encoder", choices=("clip", "scratch"), default="clip", help="scratch: a VQGAN's, Table 3 (g)")
     g = parser.add_argument_group("sizes (None: as published, or as in the demo for a CLIP of 56 pixels)")
     for name, words in (NUMBERS | LISTS).items():
-        g.add_argument("--" + name.replace("_", "-"), nargs="+" if name in LISTS else None, metavar="N",
-                       type=bounded(int, *LIMITS.get(name, (1,))), help=words)
-    weight = bounded(float, 0)
+        g.add_argument("--" + name.replace("_", "-"), nargs="+" if name in LISTS else None, metavar="N", type=int,
+                       help=words)
     g = parser.add_argument_group("losses")
     g.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-16 weights, for LPIPS; None: no LPIPS")
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
-    g.add_argument("--perceptual-weight", type=weight, default=1.0, metavar="W", help="of LPIPS; L1 has weight 1")
-    g.add_argument("--l2-weight", type=weight, default=0.0, metavar="W", help="of the mean squared error")
-    g.add_argument("--clip-weight", type=weight, default=0.0, metavar="W", help="of a loss in CLIP's features")
-    g.add_argument("--entropy-weight", type=weight, default=0.1, metavar="W", help="of LFQ's entropy losses")
+    for name, default, words in WEIGHTS:
+        g.add_argument(f"--{name}-weight", type=bounded(float, 0), default=default, metavar="W", help=words)
     g.add_argument("--disc-start", type=NATURAL, default=20_000, metavar="STEP", help="first with the discriminator")
-    g.add_argument("--disc-weight", type=weight, default=0.8, metavar="W", help="of its loss, times an adaptive one")
     g.add_argument("--ema", type=bounded(float, 0, below=1), default=0.0, metavar="DECAY",
                    help="save this running mean of the weights instead; 0: the last weights")
     engine.add_options(parser, "tokenizer", "captions/*.tar", "img2dataset shards, COCO or LLaVA JSON", steps=200_000,
@@ -230,7 +226,7 @@ class Trained(nn.Module):
 
     def means(self):
         """Pairs of a weight and its running mean; none without --ema"""
-        return [(p, getattr(self, f"mean{i}")) for i, p in enumerate(self.weights)] if self.ema else []
+        return zip(self.weights, (mean for name, mean in self.named_buffers(recurse=False) if name != "used"))
 
     @torch.no_grad()
     def average(self, step):
@@ -259,7 +255,7 @@ def main():
         clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
         with shapes_only():
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
-        return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, clip["image_size"])
+        return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, reconstruct)
     args.clip_folder = args.clip_folder or TOY / "clip"
     dist, folder = engine.setup(args), require_path(args.clip_folder)
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))

@@ -51,7 +51,7 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
     (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
-    (train_tokenizer.main, "--codebook-size 1", "--codebook-size: 1: expected at least 2 and at most 262144"),
+    (train_tokenizer.main, "--plan --codebook-size 1", "codebook_size is 1, expected"),
     (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
     (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),
     (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),

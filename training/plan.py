@@ -1,32 +1,34 @@
-"""What a run will need: parameters, memory of a GPU, FLOPs, hours. Nothing is allocated.
+"""What a run will need: parameters, memory of a GPU and of the CPU, FLOPs, hours. Nothing is allocated.
 
     python -m training.plan pretrain --gpus 8 --memory 80 --micro-batch 8        # the paper's run
     python -m training.plan sft --gpus 1 --memory 24 --model runs/toy/pretrain   # a folder's config.json is enough
     python -m training.plan train_tokenizer --clip clip-vit-large-patch14-336
 
 --gpus N (8), --memory GB of a GPU (80), --tflops TFLOP/s that a GPU reaches (150), --text-tokens of a sample on average
-(50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are counted from the weights' shapes. The
-memory of activations is measured by running the model on torch's fake tensors, which have shapes and no content.
+(50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are those of an average sample, memory
+that of the longest rows (--max-length). Activations are measured by running the model on torch's fake tensors, which
+have shapes and no content. All layers are alike: models of one and two layers are built.
 """
 import importlib
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import DTYPES, run
-from common.config import make_config
-from common.weights import UserError, read_json, shapes_only
+from common.weights import UserError, shapes_only
 from model import Libra, LibraConfig, vision_sizes
 from streams import Streams
 from text import IMG, expand_images
-from tokenizer import ImageTokenizer, ImageTokenizerConfig
-from training.engine import ENGINES
+from tokenizer import ImageTokenizer, ImageTokenizerConfig, find_image_tokenizer, read_image_config
+from training.engine import ENGINES, Dist
 
 PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4, Sec. A.2; peak
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -43,25 +45,135 @@ def main():
     importlib.import_module(stage).main()
 
 
-def sizes(llm, image_tokenizer, **changes):
+# ---------------------------------------------------------------- the printed plan
+
+def show(args, title, weights, memory, flops):
+    """weights: {part: (number, whether it learns)}; memory: lines about it; flops: {part: FLOPs of a sample}"""
+    print(f"{title}; {args.nproc} GPUs\n\nweights")
+    for part, (number, learns) in weights.items():
+        print(f"  {part:24}{number / 1e9:9.3f} B  {'learns' * learns}")
+    total = sum(flops.values())
+    hours = total * args.batch * args.steps / (args.tflops * 1e12) / 3600
+    print(f"\n{memory}\n\nTFLOP of a sample, forward and backward: {total / 1e12:.4g}")
+    for part, number in flops.items():
+        print(f"  {part:24}{number / 1e12:9.4f}   {number / total:.0%}")
+    print(f"\n{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours, "
+          f"{hours / args.nproc:,.0f} hours on {args.nproc}; recomputed activations and --offload add to it")
+
+
+def show_libra(args, stage, llm, image_tokenizer=None, **changes):
+    """The plan of pretraining or of tuning. llm, image_tokenizer: folders or None; changes: fields of LibraConfig"""
+    config, clip_config = read_sizes(llm, image_tokenizer, **changes)
+    fill_in(args)
+    train_llama, longest = stage == "sft", longest_text(args, config)
+    sample = example_batch(config, 1, min(args.text_tokens, longest), train_llama)
+    flops = flops_of(config, clip_config, train_llama)(token_counts(sample) | {"images": 1})
+    weights = libra_weights(config, train_llama) | {"image tokenizer": (tokenizer_costs(clip_config)[0], False)}
+    memory, _ = libra_memory(args, config, clip_config, train_llama, args.nproc, args.memory * 1e9)
+    title = (f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {args.micro_batch} samples a pass, "
+             f"an image of {config.image_tokens} tokens and {args.text_tokens} of text, {longest} at most")
+    show(args, title, weights, memory, flops)
+    if stage == "pretrain" and config.hidden_size == 4096 and config.num_hidden_layers == 32:
+        print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
+              f"{sum(flops.values()) * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
+
+
+def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
+    """The plan of stage 0. forward_backward: train_tokenizer.reconstruct. All modules are without memory."""
+    fill_in(args)
+    t, dist = trained.tokenizer, Dist(0, 1, torch.device("cpu"), DTYPES[args.dtype])
+    parts = {"encoder": t.encoder, "quantizer": torch.nn.ModuleList([t.quant_conv, t.quantize, t.post_quant_conv]),
+             "decoder": t.decoder, "discriminator": discriminator}
+    weights = {name: (count(module), next(module.parameters()).requires_grad) for name, module in parts.items()}
+    modules = [module for module in (trained, discriminator, lpips) if module]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in modules:
+            module.to_empty(device="cpu")
+        for module in trained.modules():
+            if isinstance(module, torch.nn.GroupNorm):    # stays in float32, as autocast on CUDA does it
+                module.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+
+        def run_pass(n, lpips):
+            pixels = torch.empty(n, 3, t.config.resolution, t.config.resolution)
+            forward_backward(args, dist, True, trained, discriminator, lpips, pixels, 1)
+        activations = saved_bytes([p for module in modules for p in module.parameters()],
+                                  lambda: run_pass(args.micro_batch, lpips))
+        with FlopCounterMode(display=False) as counter:
+            run_pass(1, None)
+    memory, _ = memory_of(args, weights, {"activations": activations}, args.nproc, torch.float32, 1, args.memory * 1e9)
+    show(args, f"image tokenizer: {args.micro_batch} pictures of {t.config.resolution} pixels a pass", weights,
+         f"{memory}\n  counted: LPIPS {'yes' if lpips else 'no, name --vgg and --lpips'}",
+         {"all but LPIPS": counter.get_total_flops()})
+
+
+def fill_in(args):
+    """The options that were left open, as on GPUs"""
+    args.dtype, args.micro_batch = args.dtype or "bfloat16", args.micro_batch or max(1, args.batch // args.nproc)
+    if args.batch % (args.nproc * args.micro_batch):
+        raise UserError(f"--batch {args.batch} does not divide into {args.nproc} GPUs with --micro-batch "
+                        f"{args.micro_batch}")
+
+
+def read_sizes(llm, image_tokenizer=None, **changes):
     """-> LibraConfig, ImageTokenizerConfig of these folders; the paper's where a folder is not given"""
     clip_config = ImageTokenizerConfig(clip=CLIP_L)
-    if image_tokenizer:
-        folder = Path(image_tokenizer)
-        folder = folder / "image_tokenizer" if (folder / "image_tokenizer").is_dir() else folder
-        published = (folder / "vision_tokenizer_config.yaml").is_file()
-        if not published and "clip" in (values := read_json(folder / "config.json")):
-            clip_config = make_config(ImageTokenizerConfig, values, folder / "config.json")
-        elif not published and image_tokenizer != llm:    # beside a LLaMA alone: the published tokenizer
-            raise UserError(f"{folder}: no image tokenizer")
+    if image_tokenizer or llm and find_image_tokenizer(llm):
+        clip_config, _ = read_image_config(image_tokenizer or llm)
     visual = vision_sizes(clip_config)
     config = LibraConfig.from_file(Path(llm) / "config.json", visual, **changes) if llm else (
         LibraConfig(**visual, **changes))
-    if config.image_tokens + 2 > config.max_position_embeddings:
+    if config.image_tokens + 3 > config.max_position_embeddings:
         raise UserError(f"a picture has {config.image_tokens} tokens, {llm or 'this model'} takes "
                         f"{config.max_position_embeddings} in all: name an image tokenizer with a smaller grid "
                         "(pretrain.py --image-tokenizer)")
     return config, clip_config
+
+
+# ---------------------------------------------------------------- weights
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def part_of(name):
+    """The part of Libra that a weight belongs to"""
+    if "bridge" in name:
+        return "bridge"
+    if "vision" not in name:
+        return "LLaMA"
+    return "expert" if "layers." in name else "image input and heads"
+
+
+def one_layer(config, train_llama):
+    """-> a Libra of one layer, without memory"""
+    with shapes_only():
+        model = Libra(replace(config, num_hidden_layers=1)).tie_weights()
+    for module in model.llama_modules() if not train_llama else ():
+        module.requires_grad_(False)
+    return model
+
+
+def libra_weights(config, train_llama):
+    """-> {part: (number of weights, whether they learn)}"""
+    parts = {}
+    for name, p in one_layer(config, train_llama).named_parameters():
+        number = p.numel() * (config.num_hidden_layers if ".layers." in name else 1)
+        parts[part_of(name)] = parts.get(part_of(name), (0,))[0] + number, p.requires_grad
+    return parts
+
+
+def tokenizer_costs(clip_config):
+    """-> number of an image tokenizer's weights, FLOPs of the forward pass of its CLIP for one image"""
+    c, costs = clip_config, []
+    for n in (1, 2):
+        sizes = replace(c, clip=c.clip | {"num_hidden_layers": n}, select_layers=[n] * len(c.select_layers))
+        with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            tokenizer = ImageTokenizer(sizes)
+            tokenizer.signal(torch.empty(1, 3, c.resolution, c.resolution))
+        costs.append((count(tokenizer), counter.get_total_flops()))
+    (weights, flops), (more_weights, more_flops) = costs
+    return (weights + (c.clip["num_hidden_layers"] - 1) * (more_weights - weights),
+            flops + (max(c.select_layers) - 1) * (more_flops - flops))
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -73,72 +185,57 @@ def token_counts(streams):
             "squares": sum(n * n for n in streams.lengths)}
 
 
-def part_of(name):
-    """The part of the model that a weight belongs to"""
-    if "bridge" in name:
-        return "bridge"
-    if "vision" not in name:
-        return "LLaMA"
-    return "expert" if "layers." in name else "image input and heads"
-
-
-def linear_flops(parameters):
-    """FLOPs of matrices for one token: two an element for the product, two for the gradient of its input, two for the
-    gradient of the matrix if it is trained"""
-    return sum((6 if p.requires_grad else 4) * p.numel() for p in parameters if p.dim() == 2)
-
-
-def flops_of(model, clip_config):
+def flops_of(config, clip_config, train_llama):
     """-> f(token_counts and number of images) -> {part: FLOPs}, forward and backward. Recomputed activations are not
     counted, nor is the upper half of causal attention."""
-    c, layers = model.config, {"LLaMA": [], "expert": [], "bridge": []}
-    for name, p in model.named_parameters():
-        if ".layers." in name:
-            layers[part_of(name)].append(p)
-    text, expert, bridge = (linear_flops(parameters) for parameters in layers.values())
-    image_input = linear_flops(model.model.vision_contiguous_signal_processor.parameters())
-    image_heads, text_head = linear_flops(model.vision_lm_head.parameters()), linear_flops(model.lm_head.parameters())
+    c, model = config, one_layer(config, train_llama)
+
+    def matrices(module, part=None):
+        """FLOPs of a module's matrices for one token: two an element for the product, two for the gradient of its
+        input, two for the gradient of the matrix if it is trained"""
+        return sum((6 if p.requires_grad else 4) * p.numel() for name, p in module.named_parameters()
+                   if p.dim() == 2 and part in (None, part_of(f"layers.{name}")))
+    text, expert, bridge = (c.num_hidden_layers * matrices(model.model.layers, part)
+                            for part in ("LLaMA", "expert", "bridge"))
+    image_input = matrices(model.model.vision_contiguous_signal_processor)
+    image_heads, text_head = matrices(model.vision_lm_head), matrices(model.lm_head)
     attention = 6 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    clip = clip_flops(clip_config.clip, max(clip_config.select_layers))
+    clip = cache(lambda: tokenizer_costs(clip_config)[1])    # not counted before it is needed: it takes a second
 
     def flops(n):
         return {"expert" if c.use_expert else "LLaMA on images": n["image_tokens"] * (expert or text),
                 "LLaMA": n["text_tokens"] * text,
                 "bridge": (n["text_tokens"] + n["image_tokens"]) * bridge / 2,     # a token passes one of the two
-                "attention": n["squares"] * attention, "CLIP": n["images"] * clip,
+                "attention": n["squares"] * attention, "CLIP": n["images"] * clip(),
                 "input and heads": n["image_tokens"] * image_input + n["image"] * image_heads + n["text"] * text_head}
     return flops
 
 
-def clip_flops(sizes, layers):
-    """FLOPs of a forward pass of the frozen CLIP for one image"""
-    n, d = (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1, sizes["hidden_size"]
-    per_layer = 2 * n * (4 * d * d + 2 * d * sizes["intermediate_size"]) + 4 * n * n * d
-    return layers * per_layer + 2 * n * 3 * sizes["patch_size"] ** 2 * d
-
-
 # ---------------------------------------------------------------- memory
 
-class SavedBytes:
-    """Counts the bytes that autograd saves for the backward pass, each storage once, without the weights."""
+def saved_bytes(weights, forward):
+    """Bytes that autograd saves for the backward pass of forward(), each storage once, without the weights"""
+    known, saved = {p.untyped_storage()._cdata for p in weights}, {}
 
-    def __init__(self, weights):
-        self.known, self.bytes = {p.untyped_storage()._cdata for p in weights}, 0
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.bytes += storage.nbytes()
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()                               # alive until all are counted
+    del outputs
+    return sum(size for key, size in saved.items() if key not in known)
 
 
-def example_batch(config, samples, text_tokens, stage):
+def longest_text(args, config):
+    """Tokens of text beside an image in the longest rows of --max-length"""
+    return max(1, min(args.max_length, config.max_position_embeddings) - config.image_tokens - 2)
+
+
+def example_batch(config, samples, text_tokens, train_llama):
     """Rows of <s>, an image, a newline and text. Targets: image and text in pretraining, half of the text in SFT"""
     ids = [1, IMG, config.newline_token_id] + [config.vocab_size - 1] * text_tokens
     prompt = text_tokens // 2
-    loss_mask = [0] * (3 + prompt) + [1] * (text_tokens - prompt) if stage == "sft" else [0, 1, 0] + [1] * text_tokens
+    loss_mask = [0] * (3 + prompt) + [1] * (text_tokens - prompt) if train_llama else [0, 1, 0] + [1] * text_tokens
     codes = torch.zeros(config.image_feature_resolution ** 2, config.vision_codebook_num, dtype=torch.long)
     ids, loss_mask = expand_images(ids, loss_mask, [codes], config)
     return Streams.from_ids([ids] * samples, config, loss_mask=[loss_mask] * samples)
@@ -146,68 +243,68 @@ def example_batch(config, samples, text_tokens, stage):
 
 def activation_bytes(config, streams, train_llama, dtype, args):
     """Bytes that a pass saves, from models of one and of two layers. args: --checkpoint-activations, --compile"""
-    saved = []
-    for n in (1, 2):
-        small = LibraConfig(**(asdict(config) | {"num_hidden_layers": n, "contiguous_targets": False}))
+    def measure(layers):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = Libra(small)
+            model = Libra(replace(config, num_hidden_layers=layers, contiguous_targets=False))
             llama = set(model.llama_modules())
             for module in model.leaf_modules():           # in `dtype`: autocast's copies are counted as weights
                 for name, p in list(module.named_parameters(recurse=False)):
                     setattr(module, name, torch.nn.Parameter(p.to(dtype), train_llama or module not in llama))
-            counter = SavedBytes(model.parameters())
-            with counter.hooks:
-                model.loss(streams, torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype))
-        saved.append(counter.bytes)
+            signal = torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype)
+            return saved_bytes(model.parameters(), lambda: model.loss(streams, signal))
+    one, two = measure(1), measure(2)
     inputs = sum(streams.lengths) * config.hidden_size * dtype.itemsize
-    layer, outside = saved[1] - saved[0], 2 * saved[0] - saved[1]
-    layer = layer * COMPILED if args.compile else layer
-    return outside + layer + (config.num_hidden_layers - 1) * (inputs if args.checkpoint_activations else layer)
+    layer = (two - one) * (COMPILED if args.compile else 1)
+    return 2 * one - two + layer + (config.num_hidden_layers - 1) * (inputs if args.checkpoint_activations else layer)
 
 
-def bytes_per_gpu(trained, frozen, engine, nproc, dtype, layers, offload=False):
+def gpu_bytes(trained, frozen, engine, nproc, dtype, layers, offload=False):
     """Bytes of weights, gradients and AdamW, from the numbers of weights. Trained weights are float32 with a copy in
     `dtype` to compute with, frozen ones are `dtype`. zero shards gradients, AdamW and float32 weights; fsdp shards all
     and gathers two layers at a time. offload: the shards are in the CPU's memory."""
     b = dtype.itemsize
-    if engine == "ddp":                                   # DDP's buckets are a second copy of the gradients
-        return {"frozen": frozen * b, "weights": trained * (4 + (b if b < 4 else 0)),
-                "gradients": trained * (4 + 4 * (nproc > 1)), "AdamW": trained * 8}
+    if engine == "ddp":                                   # its buckets are the gradients themselves
+        return {"frozen": frozen * b, "weights": trained * (4 + (b if b < 4 else 0)), "gradients": trained * 4,
+                "AdamW": trained * 8}
     shard, gathered = 0 if offload else 1 / nproc, 1 if engine == "zero" else min(1, 2 / layers)
     gradients = 1 if offload and engine == "zero" else shard                  # they move to the CPU once an update
     return {"frozen": frozen * b * min(1, gathered + shard), "weights": trained * (4 * shard + b * gathered),
             "gradients": trained * 4 * (gradients + 1 / layers), "AdamW": trained * 8 * shard}
 
 
-def memory_plan(args, model, clip_config, stage, micro_batch, n_gpus, dtype, memory):
-    """-> table of the engines' memory, the first engine that fits `memory` bytes"""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen, layers = sum(p.numel() for p in model.parameters()) - trained, model.config.num_hidden_layers
-    with shapes_only():
-        tokenizer = 4 * sum(p.numel() for p in ImageTokenizer(clip_config).parameters())
-    streams = example_batch(model.config, micro_batch, args.text_tokens, stage)
-    activations = activation_bytes(model.config, streams, stage == "sft", dtype, args)
-    found = {engine: bytes_per_gpu(trained, frozen, engine, n_gpus, dtype, layers, args.offload)
-             | {"image tokenizer": tokenizer, "activations": activations} for engine in ENGINES}
-    table, engine = memory_table(args, found, dtype, memory)
-    if args.offload:
-        table += (f"\n  --offload: {16 * trained / n_gpus / 1e9:.0f} GB of the CPU's memory a process, "
-                  f"{28 * trained / n_gpus / 1e9:.0f} while a checkpoint is written")
-    return table, engine
+def cpu_bytes(trained, frozen, engine, nproc, dtype, offload):
+    """Bytes of the CPU's memory for all processes, during training and while saving, without Python and the data.
+    Checkpoints are copied to it, with ddp by every process; the first process gathers the finished model."""
+    training = offload * (16 * trained + frozen * dtype.itemsize * (engine == "fsdp"))
+    checkpoint = 12 * trained * (nproc if engine == "ddp" else 1)
+    return training, training + max(checkpoint, (4 + dtype.itemsize) * trained + dtype.itemsize * frozen)
 
 
-def memory_table(args, found, dtype, memory):
-    """found: {engine: {part: bytes}} -> text, the first engine that fits `memory` bytes, or None"""
-    activations, fits = "recomputed" if args.checkpoint_activations else "kept", None
-    lines = [f"GB of a GPU ({str(dtype).removeprefix('torch.')}, activations {activations})"]
-    for engine, parts in found.items():
-        total = sum(parts.values())
-        if not fits and total < ROOM * memory and not (args.offload and engine == "ddp"):
+def memory_of(args, weights, more, n_gpus, dtype, layers, capacity, engines=("ddp",)):
+    """weights: {part: (number, learns)}; more: {part: bytes of a GPU} -> lines, the first engine that fits `capacity`
+    bytes or None"""
+    trained, frozen = (sum(n for n, learns in weights.values() if learns == wanted) for wanted in (True, False))
+    kept, fits = "recomputed" if args.checkpoint_activations else "kept", None
+    lines = [f"GB of a GPU ({args.dtype}, activations {kept}) | of the CPU's memory, all processes"]
+    for engine in engines:
+        parts = gpu_bytes(trained, frozen, engine, n_gpus, dtype, layers, args.offload) | more
+        total, cpu = sum(parts.values()), cpu_bytes(trained, frozen, engine, n_gpus, dtype, args.offload)
+        if not fits and total < ROOM * capacity and not (args.offload and engine == "ddp"):
             fits = engine
-        lines.append(f"  {engine:6}{total / 1e9:8.1f} = "
-                     + " + ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
+        lines += [f"  {engine:6}{total / 1e9:8.1f} = " + " + ".join(f"{p} {n / 1e9:.1f}" for p, n in parts.items())
+                  + f" | {cpu[0] / 1e9:.0f}, while saving {cpu[1] / 1e9:.0f}"]
     advice = "none; a smaller --micro-batch, --checkpoint-activations or --offload need less"
-    return "\n".join([*lines, f"  the first that fits {memory / 1e9:.4g} GB: {fits or advice}"]), fits
+    return "\n".join([*lines, f"  the first that fits {capacity / 1e9:.4g} GB: {fits or advice}"]), fits
+
+
+def libra_memory(args, config, clip_config, train_llama, n_gpus, capacity):
+    """-> what memory_of returns, for passes of --micro-batch rows of the greatest length"""
+    rows, dtype = min(args.micro_batch, 64), DTYPES[args.dtype]                # more are many times the same
+    streams = example_batch(config, rows, longest_text(args, config), train_llama)
+    activations = activation_bytes(config, streams, train_llama, dtype, args) * args.micro_batch / rows
+    more = {"image tokenizer": 4 * tokenizer_costs(clip_config)[0], "activations": activations}
+    return memory_of(args, libra_weights(config, train_llama), more, n_gpus, dtype, config.num_hidden_layers, capacity,
+                     ENGINES)
 
 
 def choose_engine(args, dist, model):
@@ -220,95 +317,10 @@ def choose_engine(args, dist, model):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / dist.size
     memory = torch.tensor(float(memory), dtype=torch.float64, device=dist.device)
     torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)      # all must choose the same
-    stage = "sft" if model.lm_head.weight.requires_grad else "pretrain"
-    table, fits = memory_plan(args, model, model.tokenizers.image.config, stage, args.micro_batch, dist.size,
-                              dist.dtype, float(memory))
+    lines, fits = libra_memory(args, model.config, model.tokenizers.image.config, model.lm_head.weight.requires_grad,
+                               dist.size, float(memory))
     args.engine = fits or "fsdp"
-    dist.print0(f"{table}\n--engine auto: {args.engine}")
-
-
-# ---------------------------------------------------------------- the printed plan
-
-def show(args, config, clip_config, stage):
-    """Print the plan of pretraining or of instruction tuning."""
-    dtype, micro_batch = DTYPES[args.dtype or "bfloat16"], args.micro_batch or max(1, args.batch // args.nproc)
-    if args.batch % (args.nproc * micro_batch):
-        raise UserError(f"--batch {args.batch} does not divide into {args.nproc} GPUs with --micro-batch {micro_batch}")
-    with shapes_only():
-        model, image_tokenizer = Libra(config), ImageTokenizer(clip_config).requires_grad_(False)
-    for module in model.llama_modules() if stage == "pretrain" else ():
-        module.requires_grad_(False)
-    print(f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {micro_batch} samples a pass, an image "
-          f"of {config.image_tokens} tokens and {args.text_tokens} of text; {args.nproc} GPUs")
-    parts = {}
-    for name, p in model.named_parameters():
-        parts.setdefault(part_of(name), []).append(p)
-    show_weights(parts | {"image tokenizer": list(image_tokenizer.parameters())})
-    print(memory_plan(args, model, clip_config, stage, micro_batch, args.nproc, dtype, args.memory * 1e9)[0])
-    sample = example_batch(config, 1, args.text_tokens, stage)
-    flops = flops_of(model, clip_config)(token_counts(sample) | {"images": 1})
-    total = sum(flops.values())
-    print(f"\nTFLOP of a sample, forward and backward: {total / 1e12:.4g}")
-    for part, count in flops.items():
-        print(f"  {part:24}{count / 1e12:9.4f}   {count / total:.0%}")
-    show_hours(args, total)
-    if stage == "pretrain" and config.hidden_size == 4096 and config.num_hidden_layers == 32:
-        print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
-              f"{total * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
-
-
-def show_tokenizer(args, trained, discriminator, lpips, resolution):
-    """Print the plan of stage 0. trained(pixels): the generator's forward pass. All modules are without memory."""
-    dtype, micro_batch = DTYPES[args.dtype or "bfloat16"], args.micro_batch or max(1, args.batch // args.nproc)
-    print(f"image tokenizer: {micro_batch} pictures of {resolution} pixels a pass; {args.nproc} GPUs")
-    parts = {"encoder": trained.tokenizer.encoder, "decoder": trained.tokenizer.decoder, "discriminator": discriminator}
-    show_weights({name: list(module.parameters()) for name, module in parts.items()})
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in filter(None, (trained, discriminator, lpips)):
-            module.to_empty(device="cpu")
-        pixels = torch.empty(micro_batch, 3, resolution, resolution)
-        activations = tokenizer_bytes(trained, discriminator, lpips, pixels, dtype)
-        with FlopCounterMode(display=False) as counter:
-            picture, _, losses = trained(pixels[:1])
-            (picture.mean() + losses["loss"] - discriminator(picture).mean()).backward()
-    frozen = sum(p.numel() for p in trained.parameters() if not p.requires_grad)
-    learning = sum(p.numel() for module in (trained, discriminator) for p in module.parameters()) - frozen
-    weights = bytes_per_gpu(learning, frozen, "ddp", args.nproc, torch.float32, 1)
-    print(memory_table(args, {"ddp": weights | {"activations": activations}}, dtype, args.memory * 1e9)[0])
-    print(f"  counted: LPIPS {'yes' if lpips else 'no, name --vgg and --lpips'}, --clip-weight no")
-    print(f"\nTFLOP of a picture, forward and backward, without LPIPS: {counter.get_total_flops() / 1e12:.4g}")
-    show_hours(args, counter.get_total_flops())
-
-
-def tokenizer_bytes(trained, discriminator, lpips, pixels, dtype):
-    """Bytes that a pass of stage 0 saves: the reconstruction in `dtype`, but its norms in float32, as autocast on CUDA
-    does it; the discriminator and LPIPS (or None) in float32"""
-    norms = [module.register_forward_pre_hook(lambda _, x: (x[0].float(),))
-             for module in trained.modules() if isinstance(module, torch.nn.GroupNorm)]
-    saved = SavedBytes([p for module in filter(None, (trained, discriminator, lpips)) for p in module.parameters()])
-    with saved.hooks:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            outputs = trained(pixels)
-        picture = outputs[0].float()
-        outputs += (discriminator(picture), lpips and lpips(picture, pixels))              # alive until all are counted
-    for norm in norms:
-        norm.remove()
-    return saved.bytes
-
-
-def show_weights(parts):
-    """parts: {name: parameters}"""
-    print("\nweights")
-    for part, parameters in parts.items():
-        trained = "learns" if parameters[0].requires_grad else ""
-        print(f"  {part:24}{sum(p.numel() for p in parameters) / 1e9:9.3f} B  {trained}")
-    print()
-
-
-def show_hours(args, flops):
-    hours = flops * args.batch * args.steps / (args.tflops * 1e12) / 3600
-    print(f"\n{args.steps} steps of {args.batch} at {args.tflops:g} TFLOP/s a GPU: {hours:,.0f} GPU hours, "
-          f"{hours / args.nproc:,.0f} hours on {args.nproc}; recomputed activations and --offload add to it")
+    dist.print0(f"{lines}\n--engine auto: {args.engine}")
 
 
 if __name__ == "__main__":
