@@ -265,7 +265,7 @@ def save_page(dist, model, batches, path, n_rows=6, side=112):
             page.paste(to_picture(picture).resize((side, side)), (x, n * side))
         for y, ids, color in ((4, s.text_ids.cpu(), "black"), (60, guesses, "blue")):
             ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in (text.bos, text.eos)]
-            lines = "\n".join(textwrap.wrap(text.model.decode(ids), 100)[-3:])
+            lines = "\n".join(textwrap.wrap(text.decode(ids), 100)[-3:])
             ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
     path.parent.mkdir(exist_ok=True)
     page.save(path)

@@ -18,7 +18,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(toy):
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
-        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
+        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --ema 0.9")
     return toy / "tokenizer"
 
 
@@ -26,7 +26,8 @@ def tokenizer(toy):
 def pretrain(toy, tokenizer):
     """-> the options of a small pretraining run"""
     return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
-            toy / "chats/images", "--steps 7 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
+            toy / "chats/images", "--steps 7 --save-every 3 --keep 3 --warmup 2 --batch 6 --lr 1e-3",
+            "--text-to-image 0.4"]
 
 
 @pytest.fixture(scope="session")

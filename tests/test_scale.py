@@ -143,15 +143,17 @@ def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path):
 def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     """fsdp on two processes, resumed by one process, then by ddp on two: equals one process throughout"""
     words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
-             "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2"]
+             "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2 --keep 3"]
     run("sft.py", *words, "--out", tmp_path / "one")
     run("sft.py", *words, "--engine fsdp --checkpoint-activations --out", tmp_path / "two", processes=2)
     same(tmp_path / "one", tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "three")
-    shutil.rmtree(tmp_path / "three/checkpoint-000004")
+    for later in ("checkpoint-000004", "checkpoint-000006"):
+        shutil.rmtree(tmp_path / "three" / later)
     assert "processes 2, now 1" in run("sft.py", *words, "--resume --out", tmp_path / "three")
     same(tmp_path / "one", tmp_path / "three")
-    shutil.rmtree(tmp_path / "two/checkpoint-000004")
+    for later in ("checkpoint-000004", "checkpoint-000006"):
+        shutil.rmtree(tmp_path / "two" / later)
     run("sft.py", *words, "--resume --engine ddp --out", tmp_path / "two", processes=2)
     same(tmp_path / "one", tmp_path / "two")
 
@@ -176,6 +178,7 @@ def test_fsdp_on_one_process_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-000007")
     run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # of step 6
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
     assert "holds no checkpoint" in run("pretrain.py", *pretrain, "--export --out", tmp_path / "none", ok=False)

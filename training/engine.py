@@ -387,10 +387,11 @@ class BadSamples:
         if not totals["bad"]:
             return
         listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
-        self.causes.update(cause for cause, _ in listed)
-        self.examples = [f"{name} ({cause})" for cause, name in listed[-10:]]
+        self.causes.update(cause for cause, _, _ in listed)
+        self.examples = [f"{name} ({cause})" for cause, name, _ in listed[-10:]]
         if self.dist.first:
-            append(self.path, [{"step": step, "cause": cause, "name": name} for cause, name in listed])
+            append(self.path, [{"step": step, "cause": cause, "name": name, "file": file}
+                               for cause, name, file in listed])
         if self.bad > max(20, self.max_share * self.seen):
             self.fail(f", more than --max-bad {self.max_share:g}")
 
