@@ -182,7 +182,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
         totals = sum_counts([counts_of(batch, counts) for batch in batches], dist)
         try:
             numbers = update(step, batches, totals)
-            bad(step + 1, batches, totals["samples"], totals["bad"])
+            bad(step + 1, batches, totals)
         except FloatingPointError:
             checkpoints.save(step, models, optimizers, sampler.state_after(step - start), wait=True)
             names = ", ".join(engine.gather_lists([name for batch in batches for name in batch.names], dist))

@@ -85,6 +85,8 @@ def run(main):
         sys.unraisablehook = lambda _: None               # what Python ignores anyway, but shows with a traceback
     try:
         main()
+        for reader in multiprocessing.active_children():  # one that hangs ignores the SIGTERM of Python's exit
+            reader.kill()
         if dist.is_initialized():                         # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:

@@ -98,7 +98,7 @@ def test_nothing_outlives_a_killed_trainer_or_torchrun(pretrain, tmp_path, proce
 
 @pytest.mark.slow
 def test_a_run_folder_belongs_to_one_run(pretrain, tmp_path):
-    words = [*pretrain, "--warmup 0 --out", tmp_path]
+    words = [*pretrain, "--save-every 0 --out", tmp_path]
     job = start("pretrain.py", *words, "--steps 100000")
     until_running(job, tmp_path)
     sentence = f"--out {tmp_path} is in use by another run, process {job.pid} on "
@@ -106,7 +106,7 @@ def test_a_run_folder_belongs_to_one_run(pretrain, tmp_path):
     assert sentence in run("pretrain.py", *words, "--resume --engine ddp --batch 2", processes=2, ok=False)
     job.kill()
     job.wait()
-    run("pretrain.py", *words, "--resume --steps 1")      # a dead run does not keep it
+    run("pretrain.py", *words, "--steps 1 --warmup 0")    # a dead run does not keep it
     assert not (tmp_path / "run.lock").exists()
 
 

@@ -51,14 +51,15 @@ def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):
 def test_the_held_out_loss(toy, pretrain, base, tmp_path):
     """It is the training loss of the same samples, and training does not notice it, resumed or not."""
     held_out = ["--images", toy / "eval", "--val-data", toy / "eval/held_out_captions.json"]
-    run("pretrain.py", *pretrain, *held_out, "--val-every 2 --workers 1 --out", tmp_path / "a")
+    run("pretrain.py", *pretrain, *held_out, "--val-every 2 --workers 1 --keep 3 --out", tmp_path / "a")
     lines = log(tmp_path / "a")
     assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 7]
     assert all(line["val_bad"] == 0 and line["val_text"] > 0 and line["val_image"] > 0 for line in lines[1::2])
     for line, other in zip(lines, log(base), strict=True):
         assert all(line[key] == other[key] for key in ("loss", "text", "image", "norm", "lr"))
     same(tmp_path / "a", base, 0)
-    shutil.rmtree(tmp_path / "a/checkpoint-000006")
+    for name in ("checkpoint-000006", "checkpoint-000007"):
+        shutil.rmtree(tmp_path / "a" / name)
     (tmp_path / "a/log.jsonl").unlink()
     run("pretrain.py", *pretrain, *held_out, "--val-every 2 --resume --out", tmp_path / "a")
     for line, other in zip(log(tmp_path / "a"), lines[3:], strict=True):

@@ -381,10 +381,10 @@ class BadSamples:
         self.path, self.max_share, self.dist = Path(args.out) / "bad_samples.jsonl", args.max_bad, dist
         self.seen, self.bad, self.causes, self.examples = 0, 0, Counter(), []
 
-    def __call__(self, step, batches, n_good, n_bad):
-        """batches: of this process; n_good, n_bad: counts over all processes"""
-        self.seen, self.bad = self.seen + n_good + n_bad, self.bad + n_bad
-        if not n_bad:
+    def __call__(self, step, batches, totals):
+        """batches: of this process; totals: counts over all processes"""
+        self.seen, self.bad = self.seen + totals["samples"] + totals["bad"], self.bad + totals["bad"]
+        if not totals["bad"]:
             return
         listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
         self.causes.update(cause for cause, _, _ in listed)
