@@ -64,6 +64,12 @@ def check_device(device):
     return device
 
 
+def add_device_options(group):
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    group.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
+    group.add_argument("--no-graphs", action="store_true", help="never decode by CUDA graphs: slower, less memory")
+
+
 def run(main):
     """Call a script's main; a user's mistake ends it with one sentence instead of a traceback."""
     try:
