@@ -181,10 +181,11 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
     prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
     for tokens in generate(model, prompts, signal, max_new_tokens, text.eos, **sampling):
         steps.append(tokens[:, 0].tolist())
-        words = text.decode([step[0] for step in steps]) if out else ""
-        if words.startswith(written) and not words.endswith("\ufffd") and out:                # not half a character
-            print(words[len(written):], end="", file=out, flush=True)
-            written = words
+        if out:
+            words = text.decode([step[0] for step in steps])
+            if words.startswith(written) and not words.endswith("\ufffd"):                    # not half a character
+                print(words[len(written):], end="", file=out, flush=True)
+                written = words
     answers = []
     for prompt, ids in zip(prompts, map(list, zip(*steps))):
         n_tokens = ids.index(text.eos) if text.eos in ids else len(ids)
@@ -206,33 +207,28 @@ def ask(model, images, question, max_new_tokens=128, **sampling):
 def draw(model, texts, **sampling):
     """`<s> text newline BOI`, then both codebooks place by place, E_c = 0 (Sec. 4.3). -> list of PIL images"""
     blank = torch.zeros(model.config.image_feature_resolution ** 2, model.config.vision_codebook_num, dtype=torch.long)
-    prompts = []
-    for words in texts:
-        ids, loss_mask = model.tokenizers.text.caption(words, image_first=False)
-        prompts.append(expand_images(ids, loss_mask, [blank], model.config)[0][:1 - model.config.image_tokens])
-    return finish_images(model, prompts, **sampling)
+    starts = [model.tokenizers.text.caption(words, image_first=False)[0] for words in texts]
+    return finish_images(model, starts, blank.expand(len(texts), -1, -1), 0, **sampling)
 
 
 def complete(model, images, rows, **sampling):
     """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a), E_c = 0. Training draws
     behind captions only, so a model trained to draw gets an empty caption. -> list of PIL images"""
-    grid = model.config.image_feature_resolution
+    text, grid = model.tokenizers.text, model.config.image_feature_resolution
     if not 0 < rows < grid:
         raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
-    codes, _ = encode_images(model, images, square=False)
-    text = model.tokenizers.text
     start = [text.bos] + [text.newline] * model.config.text_to_image + [IMG]
-    prompts = [expand_images(start, [0] * len(start), [c], model.config)[0][:len(start) + rows * grid] for c in codes]
-    return finish_images(model, prompts, **sampling)
+    codes, _ = encode_images(model, images, square=False)
+    return finish_images(model, [start] * len(images), codes, rows * grid, **sampling)
 
 
-def finish_images(model, prompts, **sampling):
-    """Prompts that end inside an image, all at the same place -> list of PIL images"""
-    c = model.config
-    given = [prompt[prompt[:, 0] >= c.vocab_size][1:] for prompt in prompts]                  # codes behind BOI
-    missing = c.image_feature_resolution ** 2 - len(given[0])
-    drawn = torch.stack(list(generate(model, prompts, None, missing, **sampling)), dim=1)
-    codes = torch.cat([torch.stack(given), drawn], dim=1) - c.vocab_size                      # (B, G*G, K)
+def finish_images(model, starts, codes, n_given, **sampling):
+    """starts: ids with an image at the end, of which the first n_given of its codes (G*G, K) are kept and the others
+    drawn -> list of PIL images"""
+    prompts = [expand_images(ids, [0] * len(ids), [image], model.config)[0][:len(ids) + n_given]
+               for ids, image in zip(starts, codes)]
+    tokens = generate(model, prompts, None, codes.shape[1] - n_given, **sampling)
+    codes = torch.cat([codes[:, :n_given], torch.stack(list(tokens), dim=1) - model.config.vocab_size], dim=1)
     pictures = model.tokenizers.image.decode(codes.to(model.lm_head.weight.device))
     return [to_picture(rgb) for rgb in check_finite(pictures)]
 
@@ -250,8 +246,7 @@ def reconstruct(tokenizer, image):
 @torch.no_grad()
 def attention(model, question, image):
     """Attention of the token before the answer, on the picture's codes -> (layers, 1, heads, G*G)"""
-    codes, signal = encode_images(model, [image])
-    ids, _ = expand_images(*model.tokenizers.text.chat([(question, 1, None)]), codes, model.config)
+    (ids,), signal = encode_prompts(model, [(question, [image])])
     maps, layers = [], [block.self_attn for block in model.model.layers]
     for layer in layers:
         layer.recorded_maps = maps

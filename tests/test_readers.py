@@ -1,12 +1,16 @@
 """Files as users have them: shuffled, in part, in other forms of JSON, without answers, damaged. A perfect answerer
 scores full marks in each."""
 import json
+import os
 import random
+import sys
 
 import fuzz_eval
 import pytest
+import tiny
 from test_benchmarks import FILES, MMBENCH, MMVP, PICTURE, POPE, SEED, humans, paths, save, tsv
 
+import evaluate
 from benchmarks.files import TASKS, read, score, write
 from benchmarks.scores import average, caption_tokens, cider
 from common.weights import UserError
@@ -225,6 +229,61 @@ def test_captions_without_words():
     ("red-and-white/blue", "red-and-white/blue"), ("1/2 of w/ it", "1/2 of w / it"), ("don't/do", "do n't / do")])
 def test_tokens_as_the_public_scorer(caption, tokens):
     assert caption_tokens(caption) == tokens.split()
+
+
+def test_processes_may_end_hours_apart(tmp_path, monkeypatch):
+    given = {}
+    images, file = paths(tmp_path, "gqa")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gqa", "--data", str(file), "--images", str(images)])
+    monkeypatch.setattr(evaluate.engine, "init_distributed", lambda device, **more: given.update(more) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main()
+    assert given["timeout"] > 24 * 60                     # minutes
+
+
+def test_a_pipe_without_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for reader in (lambda: read_prompts(tmp_path / "pipe"), lambda: read("mmvp", tmp_path, tmp_path / "pipe"),
+                   lambda: read("gqa", tmp_path, tmp_path / "pipe")):
+        with pytest.raises(UserError, match="pipe: a pipe; expected a file"):
+            reader()
+
+
+@pytest.mark.parametrize("content", ["5", "null", '{"n": [1], "answer": "x"}', '{"task": "x"}', "[" * 99999 + "\n5"])
+def test_kept_answers_of_something_else(tmp_path, content):
+    save(tmp_path / "k.json.0.0.jsonl", content)
+    for name in ("k.json.notes.jsonl", "k.json.0.notes.jsonl", "k.json.00.jsonl.bak", "k_json.0.0.jsonl"):
+        save(tmp_path / name, "mine")
+    assert evaluate.kept_files(tmp_path / "k.json.0") == [tmp_path / "k.json.0.0.jsonl"]
+    with pytest.raises(UserError, match="k.json.0.0.jsonl holds answers to .* remove it"):
+        evaluate.read_kept(tmp_path / "k.json.0", {"task": "gqa"})
+
+
+def test_answers_are_kept_for_the_same_question_and_picture(tmp_path):
+    settings, path = {"task": "gqa", "prompt": None}, tmp_path / "k.json.0"
+    images, file = paths(tmp_path, "gqa", {str(n): {"question": f"{n} \ud800?", "imageId": "n77"} for n in range(4)})
+    items, asked = read("gqa", images, file), []
+
+    def answers(batch):
+        asked.extend(batch)
+        return [(f"answer {len(asked)}", True) for _ in batch]
+    first = evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)
+    assert evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings) == first and len(asked) == 4
+    items[1]["question"] = "edited"
+    assert evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)[1] == ("answer 5", True)
+    save(images / "n77.jpg", "another picture")
+    evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)
+    assert len(asked) == 4 + 1 + 4
+
+
+def test_a_fingerprint_follows_the_weights(tmp_path):
+    model = tiny.whole(tmp_path)
+    before = evaluate.fingerprint(model)
+    assert before == evaluate.fingerprint(model)
+    for weight in (model.lm_head.weight, model.tokenizers.image.quant_conv.weight):
+        weight.data.flatten()[0] += 1e-3
+        assert evaluate.fingerprint(model) != before
+        before = evaluate.fingerprint(model)
 
 
 def test_prompts(tmp_path):
