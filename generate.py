@@ -22,10 +22,10 @@ from tqdm import tqdm
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
 from common.cli import Help, bounded
-from common.entries import entries, expect, read_value
+from common.entries import read_prompts
 from common.pictures import open_image
 from common.sampling import Sampler, Step, check_finite
-from common.weights import UserError, first_few
+from common.weights import UserError
 from llama import KVCache
 from model import Libra
 from streams import IMAGE, TEXT, Streams
@@ -160,24 +160,23 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
     codes, signal = encode_images(model, [picture for _, pictures in rows for picture in pictures], zeroed=zeroed)
     codes = iter(codes)
     for question, pictures in rows:
+        new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
         if raw or question is None:
             ids = [text.bos] + [IMG, text.newline] * len(pictures) + text.plain(question or "")[1:]
-            loss_mask = [0] * len(ids)
         else:
-            new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
-            ids, loss_mask = text.chat([*history, (question, new_pictures, None)])
-        prompts.append(expand_images(ids, loss_mask, [next(codes) for _ in pictures], model.config)[0])
+            ids, _ = text.chat([*history, (question, new_pictures, None)])
+        prompts.append(expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0])
     return prompts, signal
 
 
 def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False, out=None, **sampling):
-    """rows: (question, pictures); a question None continues the pictures as in pretraining, without a chat
-    -> for each row its answer, the number of tokens, and whether it was cut because the positions end
+    """rows: (question, pictures), where None continues the pictures as in pretraining, without a chat -> for each row
+    its answer, the number of tokens, and whether it was cut because the positions end
 
     raw: no chat, the question itself is continued; history: earlier turns (question, number of pictures, answer), whose
     pictures come first; zeroed: hide the pictures; out: a file for the first row's words as they come.
     """
-    text, config, steps, written = model.tokenizers.text, model.config, [], ""
+    text, most, steps, written = model.tokenizers.text, model.config.max_position_embeddings, [], ""
     prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
     for tokens in generate(model, prompts, signal, max_new_tokens, text.eos, **sampling):
         steps.append(tokens[:, 0].tolist())
@@ -187,14 +186,13 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
                 print(words[len(written):], end="", file=out, flush=True)
                 written = words
     answers = []
-    for prompt, ids in zip(prompts, map(list, zip(*steps))):
+    for prompt, ids in zip(prompts, torch.tensor(steps).T.tolist()):
         n_tokens = ids.index(text.eos) if text.eos in ids else len(ids)
-        is_cut = len(prompt) + n_tokens >= config.max_position_embeddings
-        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), is_cut))
+        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), len(prompt) + n_tokens >= most))
     if out:
         print(answers[0][0][len(written):], file=out)
         if answers[0][2]:
-            print(f"(cut: all {config.max_position_embeddings} positions of the model are used)", file=sys.stderr)
+            print(f"(cut: all {most} positions of the model are used)", file=sys.stderr)
     return answers
 
 
@@ -223,8 +221,7 @@ def complete(model, images, rows, **sampling):
 
 
 def finish_images(model, starts, codes, n_given, **sampling):
-    """starts: ids with an image at the end, of which the first n_given of its codes (G*G, K) are kept and the others
-    drawn -> list of PIL images"""
+    """starts: ids with IMG at the end; the first n_given of its codes are kept, the others drawn -> PIL images"""
     prompts = [expand_images(ids, [0] * len(ids), [image], model.config)[0][:len(ids) + n_given]
                for ids, image in zip(starts, codes)]
     tokens = generate(model, prompts, None, codes.shape[1] - n_given, **sampling)
@@ -265,8 +262,8 @@ def options():
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=cli.TOY / "sft", help="model folder, ours or published")
     g.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture to ask about; repeatable")
-    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image; the lines go to --out "
-                   "with an answer (an `answer` that a line has already is kept as `given_answer`)")
+    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image; with answers they go "
+                   "to --out, where a line's own `answer` becomes `given_answer`")
     g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining does, without a template")
     g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
@@ -283,8 +280,7 @@ def options():
     g.add_argument("--max-new-tokens", type=cli.POSITIVE, default=256, help="most tokens of an answer")
     g.add_argument("--temperature", type=bounded(float, 0), help="0: greedy; None: 0 for text, 1 for pictures")
     g.add_argument("--top-k", type=cli.NATURAL, default=0, help="sample from the k most likely; 0: from all")
-    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0, help="from the likeliest that make "
-                   "up this share")
+    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0, help="from so much of the likeliest")
     g.add_argument("--seed", type=cli.SEED, default=0, help="of sampling")
     cli.add_device_options(g)
     return parser
@@ -305,32 +301,26 @@ def save(write, path, about=""):
     print(path + about)
 
 
-def save_picture(picture, path):
-    save(picture.save, path, f": {picture.width} x {picture.height} pixels")
-
-
 def main():
     args = options().parse_args()
-    jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption") if getattr(args, name) is not None]
-    check_options(args, jobs)
+    check_options(args)
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
     for path in (args.batch, args.complete, args.reconstruct):
         if path is not None and os.path.realpath(path) == os.path.realpath(args.out):
             raise UserError(f"{path} is read, and would be overwritten: give another --out")
     prompts = read_prompts(args.batch) if args.batch is not None else []
-    device = cli.check_device(args.device)
-    model = open_model(args, device, Libra if args.reconstruct is None else ImageTokenizer)
+    model = open_model(args, cli.check_device(args.device), Libra if args.reconstruct is None else ImageTokenizer)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
                 "graphs": not args.no_graphs}
+    picture = None
     if args.reconstruct is not None:
         picture, psnr = reconstruct(model, args.reconstruct)
-        save_picture(picture, args.out)
         print(f"PSNR {psnr:.2f} dB")
     elif args.draw is not None:
-        save_picture(draw(model, [args.draw], **sampling)[0], args.out)
+        picture, = draw(model, [args.draw], **sampling)
     elif args.complete is not None:
         rows = args.rows or model.config.image_feature_resolution // 2
-        save_picture(complete(model, [args.complete], rows, **sampling)[0], args.out)
+        picture, = complete(model, [args.complete], rows, **sampling)
     elif args.batch is not None:
         answer_file(model, args, prompts, sampling)
     elif args.caption is not None:
@@ -339,21 +329,24 @@ def main():
         chat(model, args.image, args.max_new_tokens, **sampling)
     else:
         answer_question(model, args, sampling)
+    if picture:
+        save(picture.save, args.out, f": {picture.width} x {picture.height} pixels")
 
 
-def check_options(args, jobs):
+def check_options(args):
     """Refuse options that do not go together or that the job does not use; fill in the default temperature."""
-    if len(jobs) + (args.question is not None) > 1:
-        raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
-                        + " and a question" * (args.question is not None))
-    job = f"--{jobs[0]}" if jobs else "a question" if args.question is not None else "a chat"
+    names = ("draw", "complete", "reconstruct", "batch", "caption")
+    jobs = [f"--{name}" for name in names if getattr(args, name) is not None]
+    jobs += ["a question"] if args.question is not None else [] if jobs else ["a chat"]
+    if len(jobs) > 1:
+        raise UserError(f"one thing at a time: {' and '.join(jobs)}")
     used_by = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
                "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch"),
                "rows": ("--complete",), "verbose": ("a question",), "batch_size": ("--batch",),
                "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption")}
     for name, users in used_by.items():
-        if getattr(args, name) and job not in users:
-            raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {job}")
+        if getattr(args, name) and jobs[0] not in users:
+            raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {jobs[0]}")
     if args.attention and (len(args.image) != 1 or args.json or args.raw):
         raise UserError(f"--attention takes one --image, {len(args.image)} are given, and neither --json nor --raw")
     if args.question is not None and os.path.isfile(args.question):
@@ -370,8 +363,8 @@ def answer_question(model, args, sampling):
                                      **sampling)
     seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps({"question": args.question, "images": args.image, "answer": words, "cut": cut,
-                          "seconds": round(seconds, 3)}, ensure_ascii=False))
+        entry = {"question": args.question, "images": args.image, "answer": words, "cut": cut}
+        print(json.dumps(entry | {"seconds": round(seconds, 3)}, ensure_ascii=False))
     if args.verbose:
         lookup = set() if model.config.tie_word_embeddings else {model.model.embed_tokens}    # only a row of it is read
         size = sum(p.nbytes for module in set(model.llama_modules()) - lookup for p in module.parameters()) / 1e9
@@ -392,19 +385,6 @@ def show_attention(model, question, image, path):
     save(plot_attention(to_picture(to_rgb(pixels)), maps, cross, inner).savefig, path)
 
 
-def read_prompts(path):
-    """-> [(line number, entry)] of a file of JSON lines, or of a list"""
-    prompts = []
-    for where, number, entry in entries(path, read_value(path)):
-        with expect('{"question": TEXT}, perhaps with "image": FILE', where):
-            image = entry.get("image") or ""
-            entry["question"] + image + ""                # both are texts
-        if image and not os.path.isfile(image):
-            raise UserError(f"{where}: {image}: no such file")
-        prompts.append((number, entry))
-    return prompts
-
-
 def answer_file(model, args, prompts, sampling):
     """Entries of a file -> a file of the same entries with answers, in their order"""
     batch_size, cut_lines = args.batch_size or 16, []
@@ -421,8 +401,7 @@ def answer_file(model, args, prompts, sampling):
                 cut_lines += [number] * cut
     print(f"{args.out}: {len(prompts)} answers")
     if cut_lines:
-        print(f"cut, because all {model.config.max_position_embeddings} positions of the model are used: "
-              f"{len(cut_lines)} answers, lines {first_few(cut_lines)}", file=sys.stderr)
+        print(f"(cut: all positions are used: lines {', '.join(map(str, cut_lines[:9]))})", file=sys.stderr)
 
 
 def with_answer(entry, words):
@@ -435,7 +414,7 @@ def with_answer(entry, words):
 
 def chat(model, images, max_new_tokens, **sampling):
     """Turns with history, as in Fig. 6"""
-    turns, seen, waiting = [], [], list(images)           # pictures of earlier turns, pictures of the next turn
+    turns, pictures = [], list(images)                    # pictures of all turns, the next one included
     for path in images:
         open_image(path)                                  # an unreadable one is reported before the first question
     sys.stdin.reconfigure(errors="replace")
@@ -447,16 +426,16 @@ def chat(model, images, max_new_tokens, **sampling):
             return print()
         try:
             if line == "/reset":
-                turns, seen, waiting = [], [], []
+                turns, pictures = [], []
             elif line.startswith("/image "):
                 open_image(path := line.removeprefix("/image ").strip())
-                waiting.append(path)
+                pictures.append(path)
             elif re.fullmatch(r"/\w*", line):
                 print("There is /image FILE and /reset.")
             elif line:
-                (words, _, _), = answer(model, [(line, seen + waiting)], max_new_tokens, history=turns, out=sys.stdout,
+                (words, _, _), = answer(model, [(line, pictures)], max_new_tokens, history=turns, out=sys.stdout,
                                         **sampling)
-                turns, seen, waiting = turns + [(line, len(waiting), words)], seen + waiting, []
+                turns.append((line, len(pictures) - sum(n for _, n, _ in turns), words))
         except UserError as error:
             print(f"{error} (/reset begins anew)")
         except KeyboardInterrupt:                         # stops this answer

@@ -53,14 +53,13 @@ def read(task, images, *paths):
             item["files"] = [inside(images, pattern.format(name)) for pattern in benchmark.images for name in names]
             item["image"] = next(filter(os.path.isfile, item["files"]), None)
     videos = [item for item in items if "video" in item["kinds"]]
-    if 0 < len(videos) < len(items) and all(item["image"] is None for item in videos):
-        print(f"{paths[0]}: {len(videos)} questions about videos are left out: {images} has none of their frames, the "
-              f"first is {videos[0]['files'][0]}", file=sys.stderr)
-        items = [item for item in items if item["image"] is not None or "video" not in item["kinds"]]
-    missing = next((item for item in items if item["image"] is None), None)
+    missing = [item for item in items if item["image"] is None]
+    if missing and (missing != videos or missing == items):
+        raise UserError(f"{missing[0]['files'][0]}: no such picture; --images names the folder of the pictures")
     if missing:
-        raise UserError(f"{missing['files'][0]}: no such picture; --images names the folder of the pictures")
-    return items
+        print(f"{paths[0]}: {len(videos)} questions about videos are left out: {images} has none of their frames",
+              file=sys.stderr)
+    return [item for item in items if item["image"] is not None]
 
 
 def score(task, items, answers):
@@ -106,6 +105,8 @@ def read_questions(path, annotations=None, *, key=None, item_id=None, question="
     """An entry for each question; the options are the names of its fields. The right answers are in the same file or in
     one of annotations. key: of the list of questions; labels: the possible right answers."""
     def truth_and_kinds(entry, right):
+        if right is not None and not isinstance(right, list if truth == "answers" else str):
+            raise TypeError(f"{truth}: {right!r}")
         if isinstance(right, list):                       # of ten humans
             right = [human["answer"] if isinstance(human, dict) else human for human in right]
         if labels and right not in (None, *labels):

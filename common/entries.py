@@ -1,5 +1,6 @@
 """Entries of JSON files, whichever of three forms they have; what is wrong with one is said in one sentence."""
 import csv
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,3 +58,16 @@ def expect(fields, where):
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, csv.Error) as error:
         raise UserError(f"{where}: expected {fields} ({error!r})") from None
+
+
+def read_prompts(path):
+    """-> [(line number, entry)] of a file of JSON lines, or of a list"""
+    prompts = []
+    for where, number, entry in entries(path, read_value(path)):
+        with expect('{"question": TEXT}, perhaps with "image": FILE', where):
+            image = entry.get("image") or ""
+            entry["question"] + image + ""                # both are texts
+        if image and not os.path.isfile(image):
+            raise UserError(f"{where}: {image}: no such file")
+        prompts.append((number, entry))
+    return prompts

@@ -1,4 +1,6 @@
 """Generation: cached = uncached, batches = single prompts, what may stand where, sampling."""
+import argparse
+import json
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ from common.sampling import Sampler
 from common.weights import UserError
 from generate import (
     answer,
+    answer_file,
     ask,
     draw,
     encode_prompts,
@@ -286,6 +289,21 @@ def test_an_answer_that_is_cut(tmp_path, capsys):
     assert answer(model, rows[1:], 5, out=sys.stdout)[0][1:] == (3, True)
     assert f"all {model.config.max_position_embeddings} positions" in capsys.readouterr().err
     assert answer(model, rows[1:], 2)[0][1:] == (2, False)
+
+
+def test_a_file_of_prompts_names_the_lines_that_are_cut(tmp_path, capsys):
+    model = tiny.whole(tmp_path)
+    model.lm_head.weight.data[model.tokenizers.text.eos] = 0
+    rows = [("What?", []), ("What colour is the large square in the top left of it?", [])]
+    model.config.max_position_embeddings = max(map(len, encode_prompts(model, rows)[0])) + 3
+    entries = [(number, {"question": rows[number % 2][0], "answer": "gold", "id": "\ud800"}) for number in range(1, 6)]
+    args = argparse.Namespace(out=tmp_path / "out", batch="x", batch_size=2, max_new_tokens=5, raw=False, seed=0)
+    answer_file(model, args, entries, {"temperature": 0.0})
+    assert "lines 1, 3, 5" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    expected = answer(model, [rows[1], rows[0]], 5)
+    assert [line["answer"] for line in lines] == [expected[n % 2][0] for n in range(5)]
+    assert all(line["given_answer"] == "gold" and line["id"] == "\ud800" for line in lines)
 
 
 def test_rows_are_answered_alike_by_all(tmp_path):
