@@ -10,11 +10,13 @@ same command answers only what is missing. The result is one JSON with the score
 asks about another question's picture or about none: it measures what the words alone are worth.
 """
 import argparse
-import glob
-import io
+import hashlib
 import json
 import os
+import re
 import time
+import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +24,15 @@ from tqdm import tqdm
 
 from benchmarks import files as benchmarks
 from benchmarks.scores import average
-from common.cli import DTYPES, NATURAL, POSITIVE, TOY, Help, require_path, run, writable_file
-from common.weights import UserError, write_json
-from generate import encode_images, generate
-from model import Libra
+from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, require_path, run, writable_file
+from common.sampling import check_finite
+from common.weights import UserError, parse_json, write_json
+from generate import answer, encode_images, open_model
 from streams import Streams
-from text import IMG, expand_images
+from text import expand_images
 from training import engine
+
+ALONE = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
 
 
 def options():
@@ -49,8 +53,7 @@ def options():
     g.add_argument("--batch", type=POSITIVE, default=32, help="questions answered at a time")
     g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
     g.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="most tokens of an answer")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    g.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
+    add_device_options(g)
     return parser
 
 
@@ -58,25 +61,24 @@ def main():
     args = options().parse_args()
     file_groups = [[path] for path in args.data] if args.task == "pope" else [args.data]      # a score for each group
     check_options(args, file_groups)
-    dist = engine.init_distributed(args.device)
-    dtype = DTYPES[args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")]
-    model = Libra.from_pretrained(require_path(args.model), dtype=dtype, device=dist.device).eval()
-    settings = {"model": str(args.model), "dtype": str(dtype), "max_new_tokens": args.max_new_tokens}
-    results = []
+    dist = engine.init_distributed(args.device, timeout=7 * 24 * 60)          # the processes may end hours apart
+    model, results = open_model(args, dist.device), []
+    how = {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
+    about = how | {"model": str(args.model), "dtype": str(model.lm_head.weight.dtype), "weights": fingerprint(model)}
     for number, paths in enumerate(file_groups):
         submission = args.submission and Path(args.submission)
         if submission and len(file_groups) > 1:           # one for each file
             submission = submission.with_stem(f"{submission.stem}-{Path(paths[0]).stem}")
-        results.append(evaluate(model, args.task, paths, args.images, args.prompt, args.blind, args.batch, args.limit,
-                                args.likelihood, args.max_new_tokens, dist, args.out and f"{args.out}.{number}",
-                                submission, settings))
+        results.append(evaluate(
+            model, args.task, paths, args.images, args.prompt, args.blind, args.limit, args.batch, dist,
+            args.out and f"{args.out}.{number}", submission, about, graphs=not args.no_graphs, **how))
     if dist.first:
-        result = average(results) | {"files": results} if len(results) > 1 else results[0]
+        result = average(results) | {"data": args.data, "files": results} if len(results) > 1 else results[0]
         print(json.dumps({key: result[key] for key in result if key not in ("answers", "files")}, indent=2))
         print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
         if args.out:
             write_json(args.out, result)
-            for path in saved_files(args.out):
+            for path in [path for number in range(len(results)) for path in kept_files(f"{args.out}.{number}")]:
                 path.unlink()                             # their answers are in the JSON now
 
 
@@ -96,77 +98,57 @@ def check_options(args, file_groups):
                             "--submission FILE or --out FILE the answers would be lost")
 
 
-def evaluate(model, task, paths, images, prompt=None, blind=None, batch=32, limit=0, likelihood=False,
-             max_new_tokens=128, dist=None, saved=None, submission=None, settings=None):
-    """-> {score, metric, parts, unparsed, answered, ..., answers: [{id, answer}]}
+def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch=32, dist=ALONE, kept=None,
+             submission=None, about=None, **how):
+    """-> {score, metric, parts, unparsed, answered, cut, ..., answers: [{id, answer}]}; cut: answers that end because
+    the positions do
 
-    dist: of engine.init_distributed, to share the questions among processes; saved: process R saves its answers in
-    `saved`.R.jsonl as they come; submission: a path; settings: what else must be equal for saved answers to be used.
+    dist: of engine.init_distributed, to share the questions among processes; kept: process R keeps its answers in
+    `kept`.R.jsonl as they come; submission: a path; about: the model, for which kept answers are used; how: as
+    answer_batch takes it.
     """
     start, items = time.time(), benchmarks.read(task, images, *paths)[:limit or None]
     shown = swapped_images(items) if blind == "swapped" else [item["image"] for item in items]
-
-    def answer_batch(numbers):
-        questions = [items[n]["question"] if prompt is None else prompt for n in numbers]
-        pictures, zeroed = [shown[n] for n in numbers], blind == "zeroed"
-        try:
-            if likelihood:
-                return likeliest_choices(model, questions, pictures, [items[n]["choices"] for n in numbers], zeroed)
-            return reply(model, questions, pictures, zeroed, max_new_tokens)
-        except UserError as error:
-            ids = ", ".join(str(items[n]["id"]) for n in numbers)
-            raise UserError(f"{paths[0]}: {error}; among the questions {ids}") from None
-
+    asked = [item | {"image": image} | ({} if prompt is None else {"question": prompt})
+             for item, image in zip(items, shown)]
     settings = {"task": task, "data": [str(path) for path in paths], "prompt": prompt, "blind": blind,
-                "likelihood": likelihood, "decoding": "greedy", "limit": limit} | (settings or {})
-    answers = answer_all(answer_batch, len(items), batch, dist, saved, settings)
-    if submission and (dist is None or dist.first):
+                "decoding": "greedy", "limit": limit} | (about or {})
+    answer = partial(answer_batch, model, paths[0], zeroed=blind == "zeroed", **how)
+    answers, cut = zip(*answer_all(answer, asked, batch, dist, kept, settings))
+    if submission and dist.first:
         benchmarks.write(task, submission, items, answers)
     return benchmarks.score(task, items, answers) | settings | {
-        "answered": len(answers), "seconds": round(time.time() - start, 1),
+        "answered": len(answers), "cut": sum(cut), "seconds": round(time.time() - start, 1),
         "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, answers)]}
 
 
-def answer_all(answer_batch, count, batch, dist, saved, settings):
-    """Call answer_batch(numbers) on the questions 0 to count - 1 that have no saved answer. -> all answers, in order"""
-    rank, size = (dist.rank, dist.size) if dist else (0, 1)
-    answers = read_saved(saved, settings)
-    missing = [n for n in range(count) if n not in answers][rank::size]
-    if size > 1:
-        torch.distributed.barrier()                       # all have read the saved answers before one writes
-    with open(f"{saved}.{rank}.jsonl" if saved else os.devnull, "a", encoding="utf-8") as file:
-        file.write(json.dumps(settings) + "\n")
-        for i in tqdm(range(0, len(missing), batch), desc=settings["task"], mininterval=5, disable=rank > 0):
-            numbers = missing[i:i + batch]
-            for n, answer in zip(numbers, answer_batch(numbers)):
-                answers[n] = answer
-                file.write(json.dumps({"n": n, "answer": answer}, ensure_ascii=False) + "\n")
-            file.flush()
-    if size > 1:
-        gathered = [None] * size
-        torch.distributed.all_gather_object(gathered, answers)
-        answers = {n: answer for part in gathered for n, answer in part.items()}
-    return [answers[n] for n in range(count)]
+def answer_batch(model, path, items, likelihood=False, zeroed=False, max_new_tokens=128, graphs=True):
+    """-> [(answer, whether the positions end before it)]. path: the file of the questions, for errors"""
+    try:
+        if likelihood:
+            return [(letter, False) for letter in likeliest_choices(model, items, zeroed)]
+        rows = [(item["question"] or None, [item["image"]]) for item in items]
+        return [(words, cut) for words, _, cut in answer(model, rows, max_new_tokens, zeroed=zeroed, graphs=graphs)]
+    except UserError as error:
+        ids = ", ".join(str(item["id"]) for item in items)
+        raise UserError(f"{path}: {error}; among the questions {ids}") from None
 
 
-def saved_files(path):
-    return sorted(Path(path).parent.glob(glob.escape(Path(path).name) + ".*.jsonl"))
-
-
-def read_saved(path, settings):
-    """The answers of interrupted runs: {number: answer}. A UserError if they belong to other settings."""
-    answers = {}
-    for file in saved_files(path) if path else []:
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:                            # the last line of an interrupted run may be incomplete
-                continue
-            if "n" in entry:
-                answers[entry["n"]] = entry["answer"]
-            elif entry != settings:
-                raise UserError(f"{file} holds answers to {entry}, this is {settings}: remove it or name another --out")
-    return answers
+@torch.inference_mode()
+def likeliest_choices(model, items, zeroed=False):
+    """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
+    letters, (codes, signal) = [], encode_images(model, [item["image"] for item in items], zeroed=zeroed)
+    for n, item in enumerate(items):
+        if not item["choices"]:
+            raise UserError("--likelihood needs a benchmark with choices")
+        losses = {}
+        for letter, words in item["choices"].items():
+            chat = model.tokenizers.text.chat([(item["question"], 1, words)])
+            ids, loss_mask = expand_images(*chat, [codes[n]], model.config)
+            streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
+            losses[letter] = float(check_finite(model.loss(streams, signal[n:n + 1])))
+        letters.append(min(losses, key=losses.get))
+    return letters
 
 
 def swapped_images(items):
@@ -180,37 +162,73 @@ def swapped_images(items):
     return swapped
 
 
-def encode(model, images, zeroed):
-    """-> codes, signal of image paths or files' bytes; zeroed: zeros instead, so that the model answers blind"""
-    images = [io.BytesIO(image) if isinstance(image, bytes) else image for image in images]
-    return tuple(torch.zeros_like(x) if zeroed else x for x in encode_images(model, images))
+# ---------------------------------------------------------------- answers that outlast an interruption
+
+def answer_all(answer_batch, items, batch, dist, path, settings):
+    """Call answer_batch on the items without a kept answer. -> [(answer, cut)] of all items"""
+    asked = [what_is_asked(item) for item in items]
+    answers = read_kept(path, settings) if path else {}
+    missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
+    engine.barrier(dist)                                  # all have read the kept answers before one writes
+    with open(f"{path}.{dist.rank}.jsonl" if path else os.devnull, "a", encoding="utf-8",
+              errors="backslashreplace") as file:
+        file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete
+        for i in tqdm(range(0, len(missing), batch), desc=settings["task"], mininterval=5, disable=not dist.first):
+            numbers = missing[i:i + batch]
+            for n, (words, cut) in zip(numbers, answer_batch([items[n] for n in numbers])):
+                question, picture = asked[n]
+                entry = {"question": question, "picture": picture, "answer": words, "cut": cut}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                answers[asked[n]] = words, cut
+            file.flush()
+    answers = dict(engine.gather_lists(list(answers.items()), dist))
+    return [answers[key] for key in asked]
 
 
-def reply(model, questions, images, zeroed=False, max_new_tokens=128):
-    """Answer a batch of questions, each about one image. '' continues the image without a chat, as in pretraining."""
-    text, (codes, signal), prompts = model.tokenizers.text, encode(model, images, zeroed), []
-    for question, image_codes in zip(questions, codes):
-        ids = text.chat([(question, 1, None)])[0] if question else [text.bos, IMG, text.newline]
-        prompts.append(expand_images(ids, [0] * len(ids), [image_codes], model.config)[0])
-    steps = [tokens[:, 0] for tokens in generate(model, prompts, signal, max_new_tokens, text.eos)]
-    return [text.decode(ids) for ids in torch.stack(steps, dim=1).tolist()]
+def what_is_asked(item):
+    """-> question, picture with its size and time: an answer is kept with them, and used for them only"""
+    image = item["image"]
+    if isinstance(image, bytes):
+        return item["question"], f"{len(image)} bytes, {zlib.crc32(image)}"
+    return item["question"], f"{image}, {os.stat(image).st_size} bytes, {os.stat(image).st_mtime_ns}"
 
 
-@torch.inference_mode()
-def likeliest_choices(model, questions, images, choices, zeroed=False):
-    """For each question the letter of the choice {letter: text} whose text as the answer has the lowest mean loss"""
-    letters, (codes, signal) = [], encode(model, images, zeroed)
-    for n, question in enumerate(questions):
-        if not choices[n]:
-            raise UserError("--likelihood needs a benchmark with choices")
-        losses = {}
-        for letter, answer in choices[n].items():
-            chat = model.tokenizers.text.chat([(question, 1, answer)])
-            ids, loss_mask = expand_images(*chat, [codes[n]], model.config)
-            streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
-            losses[letter] = float(model.loss(streams, signal[n:n + 1]))
-        letters.append(min(losses, key=losses.get))
-    return letters
+def kept_files(path):
+    """`path`.0.jsonl, `path`.1.jsonl, ... of the processes of an interrupted run"""
+    path = Path(path)
+    return sorted(file for file in path.parent.iterdir()
+                  if re.fullmatch(re.escape(path.name) + r"\.\d+\.jsonl", file.name))
+
+
+def read_kept(path, settings):
+    """-> {(question, picture): (answer, cut)} of interrupted runs. A UserError if a file has other settings"""
+    answers = {}
+    for file in kept_files(path):
+        is_ours = False
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                entry = parse_json(line)
+            except ValueError:                            # empty, or the last line of an interrupted run
+                continue
+            if not is_ours or not isinstance(entry, dict) or "answer" not in entry:
+                if entry != settings:
+                    raise UserError(f"{file} holds answers to {str(entry)[:500]}, this is {settings}: remove it or "
+                                    "name another --out")
+                is_ours = True
+            elif all(isinstance(entry.get(name), str) for name in ("question", "picture", "answer")):
+                answers[entry["question"], entry["picture"]] = entry["answer"], bool(entry.get("cut"))
+    return answers
+
+
+def fingerprint(model):
+    """A few letters that change with the weights, the configuration or a tokenizer, and with nothing else"""
+    digest = hashlib.sha256(repr(model.config).encode())
+    digest.update(model.tokenizers.text.model.serialized_model_proto())
+    for module in (model, model.tokenizers.image):
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():                # the sum of all bits is the same in every order
+                digest.update(f"{name} {int(tensor.flatten().view(torch.int16).sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

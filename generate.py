@@ -8,6 +8,7 @@
     python generate.py --image cat.jpg "What colour is it?" --attention maps.png        # attention of each layer
 """
 import argparse
+import io
 import json
 import os
 import re
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
 from common.cli import Help, bounded
+from common.entries import read_prompts
 from common.pictures import open_image
-from common.sampling import Sampler, Step
-from common.weights import UserError, read_text
+from common.sampling import Sampler, Step, check_finite
+from common.weights import UserError
 from llama import KVCache
 from model import Libra
 from streams import IMAGE, TEXT, Streams
@@ -65,12 +67,13 @@ def next_tokens(model, hidden, places, sampler):
 
 
 @torch.inference_mode()
-def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampling):
+def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=True, **sampling):
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
     codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop`, or is at the
-    end of the positions, repeats it; when all have, generation ends. sampling: temperature, top_k, top_p, seed.
+    end of the positions, repeats it; when all have, generation ends. graphs: decode by CUDA graphs on a GPU. sampling:
+    temperature, top_k, top_p, seed.
     """
     c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
@@ -97,7 +100,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, **sampl
         tokens = torch.where((done & is_image)[:, None], c.vocab_size, tokens)
         if in_image not in steps:                         # one for each pattern of modalities among the rows
             streams = Streams.from_ids(list(tokens[:, None]), c).to(like.device)
-            steps[in_image] = Step(partial(forward, model, streams, None, caches), streams, caches)
+            steps[in_image] = Step(partial(forward, model, streams, None, caches), streams, caches, graphs)
         hidden = steps[in_image](tokens[~is_image, 0], tokens[is_image] - c.vocab_size)
 
 
@@ -139,99 +142,100 @@ def forward(model, streams, signal, caches):
 
 # ---------------------------------------------------------------- from pictures and words to answers and pictures
 
-def encode_images(model, images, square=True):
-    """Files or PIL images -> codes (n, G*G, K) on the CPU, signal (n, G*G, C); for none, an empty list and None"""
+def encode_images(model, images, square=True, zeroed=False):
+    """Files, bytes or PIL images -> codes (n, G*G, K) on the CPU, signal (n, G*G, C); for none, an empty list and None.
+    zeroed: zeros instead, so that a model answers blind"""
     if not images:
         return [], None
-    tokenizer = model.tokenizers.image
-    pixels = torch.stack([prepare(open_image(image), tokenizer.config.resolution, square) for image in images])
-    like = tokenizer.quant_conv.weight
+    tokenizer, like = model.tokenizers.image, model.tokenizers.image.quant_conv.weight
+    files = [io.BytesIO(image) if isinstance(image, bytes) else image for image in images]
+    pixels = torch.stack([prepare(open_image(file), tokenizer.config.resolution, square) for file in files])
     codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
-    return codes.cpu(), signal
+    return (codes.cpu().zero_(), signal.zero_()) if zeroed else (codes.cpu(), signal)
 
 
-def prompt_ids(model, turns, raw=False):
-    """-> ids, loss_mask of a chat's turns; raw: of the last question's words alone behind its pictures"""
-    text = model.tokenizers.text
-    if not raw:
-        return text.chat(turns)
-    words, images, _ = turns[-1]
-    ids = [text.bos] + [IMG, text.newline] * images + text.plain(words)[1:]
-    return ids, [0] * len(ids)
+def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
+    """Rows as `answer` takes them -> prompts, each (L, K), and the signal of all their pictures"""
+    text, prompts = model.tokenizers.text, []
+    codes, signal = encode_images(model, [picture for _, pictures in rows for picture in pictures], zeroed=zeroed)
+    codes = iter(codes)
+    for question, pictures in rows:
+        new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
+        if raw or question is None:
+            ids = [text.bos] + [IMG, text.newline] * len(pictures) + text.plain(question or "")[1:]
+        else:
+            ids, _ = text.chat([*history, (question, new_pictures, None)])
+        prompts.append(expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0])
+    return prompts, signal
 
 
-def answer(model, prompt, images, max_new_tokens=128, out=None, **sampling):
-    """Continue a prompt (ids, loss_mask); words go to the file `out` as they come. -> text, number of tokens"""
-    text = model.tokenizers.text
-    codes, signal = encode_images(model, images)
-    prompt = expand_images(*prompt, codes, model.config)[0]
-    ids, written = [], ""
-    for token in generate(model, [prompt], signal, max_new_tokens, text.eos, **sampling):
-        ids.append(int(token[0, 0]))
-        words = text.decode(ids)
-        if out and words.startswith(written) and not words.endswith("\ufffd"):                # not half a character
-            out.write(words[len(written):])
-            out.flush()
-            written = words
-    words = text.decode(ids)
+def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False, out=None, **sampling):
+    """rows: (question, pictures), where None continues the pictures as in pretraining, without a chat -> for each row
+    its answer, the number of tokens, and whether it was cut because the positions end
+
+    raw: no chat, the question itself is continued; history: earlier turns (question, number of pictures, answer), whose
+    pictures come first; zeroed: hide the pictures; out: a file for the first row's words as they come.
+    """
+    text, most, steps, written = model.tokenizers.text, model.config.max_position_embeddings, [], ""
+    prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
+    for tokens in generate(model, prompts, signal, max_new_tokens, text.eos, **sampling):
+        steps.append(tokens[:, 0].tolist())
+        if out:
+            words = text.decode([step[0] for step in steps])
+            if words.startswith(written) and not words.endswith("\ufffd"):                    # not half a character
+                print(words[len(written):], end="", file=out, flush=True)
+                written = words
+    answers = []
+    for prompt, ids in zip(prompts, torch.tensor(steps).T.tolist()):
+        n_tokens = ids.index(text.eos) if text.eos in ids else len(ids)
+        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), len(prompt) + n_tokens >= most))
     if out:
-        out.write(words[len(written):] + "\n")
-    return words, len(ids)
+        print(answers[0][0][len(written):], file=out)
+        if answers[0][2]:
+            print(f"(cut: all {most} positions of the model are used)", file=sys.stderr)
+    return answers
 
 
 def ask(model, images, question, max_new_tokens=128, **sampling):
     """images: a file, a PIL image, a list of them, or None -> the answer. sampling: as generate takes it"""
     images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-    prompt = model.tokenizers.text.chat([(question, len(images), None)])
-    return answer(model, prompt, images, max_new_tokens, **sampling)[0]
-
-
-def caption(model, images, max_new_tokens=64, **sampling):
-    """Continue `<s> [IMG] newline` for each picture, as in pretraining. -> list of texts"""
-    text, (codes, signal) = model.tokenizers.text, encode_images(model, images)
-    prompts = [expand_images([text.bos, IMG, text.newline], [0] * 3, [c], model.config)[0] for c in codes]
-    tokens = torch.stack(list(generate(model, prompts, signal, max_new_tokens, text.eos, **sampling)), dim=1)
-    return [text.decode(row) for row in tokens[..., 0].tolist()]
+    return answer(model, [(question, images)], max_new_tokens, **sampling)[0][0]
 
 
 def draw(model, texts, **sampling):
     """`<s> text newline BOI`, then both codebooks place by place, E_c = 0 (Sec. 4.3). -> list of PIL images"""
     blank = torch.zeros(model.config.image_feature_resolution ** 2, model.config.vision_codebook_num, dtype=torch.long)
-    prompts = []
-    for words in texts:
-        ids, loss_mask = model.tokenizers.text.caption(words, image_first=False)
-        prompts.append(expand_images(ids, loss_mask, [blank], model.config)[0][:1 - model.config.image_tokens])
-    return finish_images(model, prompts, **sampling)
+    starts = [model.tokenizers.text.caption(words, image_first=False)[0] for words in texts]
+    return finish_images(model, starts, blank.expand(len(texts), -1, -1), 0, **sampling)
 
 
 def complete(model, images, rows, **sampling):
     """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a), E_c = 0. Training draws
     behind captions only, so a model trained to draw gets an empty caption. -> list of PIL images"""
-    grid = model.config.image_feature_resolution
+    text, grid = model.tokenizers.text, model.config.image_feature_resolution
     if not 0 < rows < grid:
         raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
-    codes, _ = encode_images(model, images, square=False)
-    text = model.tokenizers.text
     start = [text.bos] + [text.newline] * model.config.text_to_image + [IMG]
-    prompts = [expand_images(start, [0] * len(start), [c], model.config)[0][:len(start) + rows * grid] for c in codes]
-    return finish_images(model, prompts, **sampling)
+    codes, _ = encode_images(model, images, square=False)
+    return finish_images(model, [start] * len(images), codes, rows * grid, **sampling)
 
 
-def finish_images(model, prompts, **sampling):
-    """Prompts that end inside an image, all at the same place -> list of PIL images"""
-    c = model.config
-    given = [prompt[prompt[:, 0] >= c.vocab_size][1:] for prompt in prompts]                  # codes behind BOI
-    missing = c.image_feature_resolution ** 2 - len(given[0])
-    drawn = torch.stack(list(generate(model, prompts, None, missing, **sampling)), dim=1)
-    codes = torch.cat([torch.stack(given), drawn], dim=1) - c.vocab_size                      # (B, G*G, K)
-    return [to_picture(rgb) for rgb in model.tokenizers.image.decode(codes.to(model.lm_head.weight.device))]
+def finish_images(model, starts, codes, n_given, **sampling):
+    """starts: ids with IMG at the end; the first n_given of its codes are kept, the others drawn -> PIL images"""
+    prompts = [expand_images(ids, [0] * len(ids), [image], model.config)[0][:len(ids) + n_given]
+               for ids, image in zip(starts, codes)]
+    tokens = generate(model, prompts, None, codes.shape[1] - n_given, **sampling)
+    codes = torch.cat([codes[:, :n_given], torch.stack(list(tokens), dim=1) - model.config.vocab_size], dim=1)
+    pictures = model.tokenizers.image.decode(codes.to(model.lm_head.weight.device))
+    return [to_picture(rgb) for rgb in check_finite(pictures)]
 
 
 def reconstruct(tokenizer, image):
     """-> the picture as the tokenizer sees it beside its reconstruction from ids (Fig. 2, 5), PSNR in dB"""
     pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None]
     pixels = pixels.to(tokenizer.quant_conv.weight)
-    rgb, drawn = to_rgb(pixels).float(), tokenizer.decode(tokenizer.encode(pixels)[0]).float().clamp(-1, 1)
+    drawn = check_finite(tokenizer.decode(tokenizer.encode(pixels)[0])).float().clamp(-1, 1)
+    rgb = to_rgb(pixels).float()
     psnr = float(10 * torch.log10(4 / (rgb - drawn).square().mean()))
     return to_picture(torch.cat([rgb[0], drawn[0]], dim=2)), psnr
 
@@ -239,8 +243,7 @@ def reconstruct(tokenizer, image):
 @torch.no_grad()
 def attention(model, question, image):
     """Attention of the token before the answer, on the picture's codes -> (layers, 1, heads, G*G)"""
-    codes, signal = encode_images(model, [image])
-    ids, _ = expand_images(*model.tokenizers.text.chat([(question, 1, None)]), codes, model.config)
+    (ids,), signal = encode_prompts(model, [(question, [image])])
     maps, layers = [], [block.self_attn for block in model.model.layers]
     for layer in layers:
         layer.recorded_maps = maps
@@ -259,7 +262,8 @@ def options():
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=cli.TOY / "sft", help="model folder, ours or published")
     g.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture to ask about; repeatable")
-    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image; answers go to --out")
+    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image; with answers they go "
+                   "to --out, where a line's own `answer` becomes `given_answer`")
     g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining does, without a template")
     g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
@@ -276,68 +280,77 @@ def options():
     g.add_argument("--max-new-tokens", type=cli.POSITIVE, default=256, help="most tokens of an answer")
     g.add_argument("--temperature", type=bounded(float, 0), help="0: greedy; None: 0 for text, 1 for pictures")
     g.add_argument("--top-k", type=cli.NATURAL, default=0, help="sample from the k most likely; 0: from all")
-    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0, help="from the likeliest that make "
-                   "up this share")
+    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0, help="from so much of the likeliest")
     g.add_argument("--seed", type=cli.SEED, default=0, help="of sampling")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    g.add_argument("--dtype", choices=list(cli.DTYPES), help="None: bfloat16 on a GPU, else float32")
+    cli.add_device_options(g)
     return parser
 
 
-def save_picture(picture, path):
+def open_model(args, device):
+    """The --model of a command line in its --dtype"""
+    dtype = cli.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    return Libra.from_pretrained(cli.require_path(args.model), dtype=dtype, device=device).eval()
+
+
+def save(write, path, about=""):
+    """write: Image.save or Figure.savefig, which choose the format by the file's ending"""
     try:
-        picture.save(path)
+        write(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
-    print(f"{path}: {picture.width} x {picture.height} pixels")
+    print(path + about)
 
 
 def main():
     args = options().parse_args()
-    jobs = [name for name in ("draw", "complete", "reconstruct", "batch", "caption") if getattr(args, name) is not None]
-    check_options(args, jobs)
+    check_options(args)
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
     for path in (args.batch, args.complete, args.reconstruct):
         if path is not None and os.path.realpath(path) == os.path.realpath(args.out):
             raise UserError(f"{path} is read, and would be overwritten: give another --out")
-    device = cli.check_device(args.device)
-    dtype = cli.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    if args.reconstruct is not None:
-        tokenizer = ImageTokenizer.from_pretrained(cli.require_path(args.model), device)
-        picture, psnr = reconstruct(tokenizer, args.reconstruct)
-        save_picture(picture, args.out)
-        return print(f"PSNR {psnr:.2f} dB")
     prompts = read_prompts(args.batch) if args.batch is not None else []
-    model = Libra.from_pretrained(cli.require_path(args.model), dtype=dtype, device=device).eval()
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    if args.draw is not None:
-        save_picture(draw(model, [args.draw], **sampling)[0], args.out)
+    device = cli.check_device(args.device)
+    if args.reconstruct is None:
+        model = open_model(args, device)
+    else:
+        model = ImageTokenizer.from_pretrained(cli.require_path(args.model), device)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
+                "graphs": not args.no_graphs}
+    picture = None
+    if args.reconstruct is not None:
+        picture, psnr = reconstruct(model, args.reconstruct)
+        print(f"PSNR {psnr:.2f} dB")
+    elif args.draw is not None:
+        picture, = draw(model, [args.draw], **sampling)
     elif args.complete is not None:
         rows = args.rows or model.config.image_feature_resolution // 2
-        save_picture(complete(model, [args.complete], rows, **sampling)[0], args.out)
+        picture, = complete(model, [args.complete], rows, **sampling)
     elif args.batch is not None:
         answer_file(model, args, prompts, sampling)
     elif args.caption is not None:
-        print(caption(model, [args.caption], args.max_new_tokens, **sampling)[0])
+        answer(model, [(None, [args.caption])], args.max_new_tokens, out=sys.stdout, **sampling)
     elif args.question is None:
         chat(model, args.image, args.max_new_tokens, **sampling)
     else:
         answer_question(model, args, sampling)
+    if picture:
+        save(picture.save, args.out, f": {picture.width} x {picture.height} pixels")
 
 
-def check_options(args, jobs):
+def check_options(args):
     """Refuse options that do not go together or that the job does not use; fill in the default temperature."""
-    if len(jobs) + (args.question is not None) > 1:
-        raise UserError("one thing at a time: " + ", ".join("--" + name for name in jobs)
-                        + " and a question" * (args.question is not None))
-    job = f"--{jobs[0]}" if jobs else "a question" if args.question is not None else "a chat"
+    names = ("draw", "complete", "reconstruct", "batch", "caption")
+    jobs = [f"--{name}" for name in names if getattr(args, name) is not None]
+    jobs += ["a question"] if args.question is not None else [] if jobs else ["a chat"]
+    if len(jobs) > 1:
+        raise UserError(f"one thing at a time: {' and '.join(jobs)}")
     used_by = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
                "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch"),
                "rows": ("--complete",), "verbose": ("a question",), "batch_size": ("--batch",),
                "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption")}
     for name, users in used_by.items():
-        if getattr(args, name) and job not in users:
-            raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {job}")
+        if getattr(args, name) and jobs[0] not in users:
+            raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {jobs[0]}")
     if args.attention and (len(args.image) != 1 or args.json or args.raw):
         raise UserError(f"--attention takes one --image, {len(args.image)} are given, and neither --json nor --raw")
     if args.question is not None and os.path.isfile(args.question):
@@ -349,14 +362,13 @@ def check_options(args, jobs):
 
 
 def answer_question(model, args, sampling):
-    began = time.perf_counter()
-    prompt = prompt_ids(model, [(args.question, len(args.image), None)], args.raw)
-    out = None if args.json else sys.stdout
-    words, n_tokens = answer(model, prompt, args.image, args.max_new_tokens, out, **sampling)
+    began, out = time.perf_counter(), None if args.json else sys.stdout
+    (words, n_tokens, cut), = answer(model, [(args.question, args.image)], args.max_new_tokens, args.raw, out=out,
+                                     **sampling)
     seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps({"question": args.question, "images": args.image, "answer": words,
-                          "seconds": round(seconds, 3)}, ensure_ascii=False))
+        entry = {"question": args.question, "images": args.image, "answer": words, "cut": cut}
+        print(json.dumps(entry | {"seconds": round(seconds, 3)}, ensure_ascii=False))
     if args.verbose:
         lookup = set() if model.config.tie_word_embeddings else {model.model.embed_tokens}    # only a row of it is read
         size = sum(p.nbytes for module in set(model.llama_modules()) - lookup for p in module.parameters()) / 1e9
@@ -374,51 +386,39 @@ def show_attention(model, question, image, path):
     for layer, (a, b) in enumerate(zip(cross, inner)):
         print(f"{layer:5}  {a:11.4f}  {b:11.4f}")
     pixels = prepare(open_image(image), model.tokenizers.image.config.resolution)
-    plot_attention(to_picture(to_rgb(pixels)), maps, cross, inner, path)
-    print(path)
-
-
-def read_prompts(path):
-    """-> [(line number, entry)] of a file of JSON lines"""
-    prompts = []
-    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-            entry["question"] + "", entry.get("image", "") + ""
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{where}: expected {{"question": TEXT}}, perhaps with "image" ({error!r})') from None
-        if "image" in entry and not os.path.isfile(entry["image"]):
-            raise UserError(f"{where}: {entry['image']}: no such file")
-        prompts.append((number, entry))
-    return prompts
+    save(plot_attention(to_picture(to_rgb(pixels)), maps, cross, inner).savefig, path)
 
 
 def answer_file(model, args, prompts, sampling):
     """Entries of a file -> a file of the same entries with answers, in their order"""
-    text, batch_size = model.tokenizers.text, args.batch_size or 16
-    with open(args.out, "w", encoding="utf-8", errors="replace") as out:
+    batch_size, cut_lines = args.batch_size or 16, []
+    with open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:             # lone surrogates
         for start in tqdm(range(0, len(prompts), batch_size), desc="batches"):
-            numbers, entries = zip(*prompts[start:start + batch_size])
+            numbers, asked = zip(*prompts[start:start + batch_size])
+            rows = [(entry["question"], [entry["image"]] if entry.get("image") else []) for entry in asked]
             try:
-                codes, signal = encode_images(model, [entry["image"] for entry in entries if "image" in entry])
-                codes, rows = iter(codes), []
-                for entry in entries:
-                    ids = prompt_ids(model, [(entry["question"], int("image" in entry), None)], args.raw)
-                    rows.append(expand_images(*ids, [next(codes)] if "image" in entry else [], model.config)[0])
-                steps = list(generate(model, rows, signal, args.max_new_tokens, text.eos,
-                                      **sampling | {"seed": args.seed + start}))
+                answers = answer(model, rows, args.max_new_tokens, args.raw, **sampling | {"seed": args.seed + start})
             except UserError as error:
                 raise UserError(f"{args.batch}, lines {numbers[0]} to {numbers[-1]}: {error}") from None
-            for entry, row in zip(entries, torch.stack(steps, dim=1)[..., 0].tolist()):
-                out.write(json.dumps(entry | {"answer": text.decode(row)}, ensure_ascii=False) + "\n")
+            for number, entry, (words, _, cut) in zip(numbers, asked, answers):
+                out.write(json.dumps(with_answer(entry, words), ensure_ascii=False) + "\n")
+                cut_lines += [number] * cut
     print(f"{args.out}: {len(prompts)} answers")
+    if cut_lines:
+        print(f"(cut: all positions are used: lines {', '.join(map(str, cut_lines[:9]))})", file=sys.stderr)
+
+
+def with_answer(entry, words):
+    """The entry and the answer; what the entry has under `answer` is kept as `given_answer`."""
+    name = "answer"
+    while name in entry:
+        name = f"given_{name}"
+    return entry | {name: entry.get("answer")} | {"answer": words}
 
 
 def chat(model, images, max_new_tokens, **sampling):
     """Turns with history, as in Fig. 6"""
-    turns, seen, waiting = [], [], list(images)           # pictures of earlier turns, pictures of the next turn
+    turns, pictures = [], list(images)                    # pictures of all turns, the next one included
     for path in images:
         open_image(path)                                  # an unreadable one is reported before the first question
     sys.stdin.reconfigure(errors="replace")
@@ -430,16 +430,16 @@ def chat(model, images, max_new_tokens, **sampling):
             return print()
         try:
             if line == "/reset":
-                turns, seen, waiting = [], [], []
+                turns, pictures = [], []
             elif line.startswith("/image "):
                 open_image(path := line.removeprefix("/image ").strip())
-                waiting.append(path)
+                pictures.append(path)
             elif re.fullmatch(r"/\w*", line):
                 print("There is /image FILE and /reset.")
             elif line:
-                prompt = prompt_ids(model, turns + [(line, len(waiting), None)])
-                words, _ = answer(model, prompt, seen + waiting, max_new_tokens, sys.stdout, **sampling)
-                turns, seen, waiting = turns + [(line, len(waiting), words)], seen + waiting, []
+                (words, _, _), = answer(model, [(line, pictures)], max_new_tokens, history=turns, out=sys.stdout,
+                                        **sampling)
+                turns.append((line, len(pictures) - sum(n for _, n, _ in turns), words))
         except UserError as error:
             print(f"{error} (/reset begins anew)")
         except KeyboardInterrupt:                         # stops this answer

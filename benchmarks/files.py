@@ -6,7 +6,7 @@
 
 TASKS, at the end, lists them; the scoring rules are in scores.py. An item is a dict: id; question, the whole prompt;
 image, a path or a file's bytes; truth, None if it is secret; choices {letter: text} or None; kinds, the parts of the
-score that it counts for; and what else its score or submission needs.
+score that it counts for; group, of items that are right together; and what else its score or submission needs.
 """
 import base64
 import csv
@@ -14,15 +14,16 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmarks import scores, toy
 from benchmarks.scores import gqa_normalise, normalise, score_captions, score_choices, score_each
-from common.weights import UserError, read_json, read_text, write_json
+from common.entries import entries, expect, read_file, read_value
+from common.weights import UserError, inside, read_text, write_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Benchmark:
 
 def read(task, images, *paths):
     """-> items of a file, or of one with questions and one with annotations; `images` is the folder of the pictures.
-    A UserError names the file, the entry and what was expected there, or the first picture that is missing."""
+    A UserError names the file, the entry and what was expected there, or the first picture that is missing. Questions
+    about videos (SEED) are left out, which is printed, if the folder has the frame of none of them."""
     benchmark = TASKS[task]
     max_files = 2 if benchmark.read is read_vqa else 1
     if len(paths) > max_files:
@@ -48,11 +50,16 @@ def read(task, images, *paths):
         item["question"] = "\n".join(text for text in (item["question"], benchmark.prompt) if text)
         if not isinstance(item["image"], bytes):
             names = item["image"] if isinstance(item["image"], tuple) else (item["image"],)
-            candidates = [Path(images) / pattern.format(name) for pattern in benchmark.images for name in names]
-            item["image"] = next(filter(os.path.isfile, candidates), None)
-            if item["image"] is None:
-                raise UserError(f"{candidates[0]}: no such picture; --images names the folder of the pictures")
-    return items
+            item["files"] = [inside(images, pattern.format(name)) for pattern in benchmark.images for name in names]
+            item["image"] = next(filter(os.path.isfile, item["files"]), None)
+    videos = [item for item in items if "video" in item["kinds"]]
+    missing = [item for item in items if item["image"] is None]
+    if missing and (missing != videos or missing == items):
+        raise UserError(f"{missing[0]['files'][0]}: no such picture; --images names the folder of the pictures")
+    if missing:
+        print(f"{paths[0]}: {len(videos)} questions about videos are left out: {images} has none of their frames",
+              file=sys.stderr)
+    return [item for item in items if item["image"] is not None]
 
 
 def score(task, items, answers):
@@ -68,32 +75,12 @@ def write(task, path, items, answers):
     TASKS[task].write(Path(path), list(zip(items, answers, strict=True)))
 
 
-def json_entries(path, key=None):
-    """Yields (where, number or name, entry) of a JSON list or object, or of the list under `key`."""
-    value = read_json(path, (dict, list))
-    if key:
-        value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, list):
-            raise UserError(f"{path}: expected an object with a list under {key!r}")
-    for name, entry in value.items() if isinstance(value, dict) else enumerate(value, 1):
-        yield f"{path}, entry {name}", name, entry
-
-
 def table_rows(path, delimiter):
     """-> [(where, number, {heading: cell})] of a table whose first line holds the headings"""
     csv.field_size_limit(2 ** 31 - 1)                     # a cell may hold a picture
-    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_file(path)), delimiter=delimiter)
     with expect("a table", path):
         return [(f"{path}, line {reader.line_num}", number, row) for number, row in enumerate(reader, 1)]
-
-
-@contextmanager
-def expect(fields, where):
-    """An entry without the expected fields, or with others in their place, becomes a UserError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        raise UserError(f"{where}: expected {fields} ({error!r})") from None
 
 
 def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **more):
@@ -103,6 +90,8 @@ def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **mor
         raise ValueError("a text is missing")
     if choices and truth not in (None, *choices):
         raise ValueError(f"answer {truth!r} is none of {', '.join(choices)}")
+    if not isinstance(item_id, (str, int)):
+        raise ValueError(f"{item_id!r} is neither a text nor a number")
     return {"id": item_id, "question": question, "image": image, "truth": truth, "choices": choices,
             "kinds": [str(kind) for kind in kinds if kind]} | more
 
@@ -111,63 +100,62 @@ def with_choices(question, choices):
     return question + "".join(f"\n{letter}. {choice}" for letter, choice in choices.items())
 
 
-def read_vqa(path, annotations=None, *, key="questions", id_key="question_id", image_key="image_id", image_type=int):
-    """VQAv2, OKVQA; with other keys VizWiz and TextVQA. The human answers are in the same file or in a second one."""
-    def truth_and_kinds(entry, answers):
-        truth = answers and [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
-        return truth, (entry.get("answer_type"), entry.get("question_type"))
+def read_questions(path, annotations=None, *, key=None, item_id=None, question="question", image="image", truth=None,
+                   labels=(), image_type=str):
+    """An entry for each question; the options are the names of its fields. The right answers are in the same file or in
+    one of annotations. key: of the list of questions; labels: the possible right answers."""
+    def truth_and_kinds(entry, right):
+        if right is not None and not isinstance(right, list if truth == "answers" else str):
+            raise TypeError(f"{truth}: {right!r}")
+        if isinstance(right, list):                       # of ten humans
+            right = [human["answer"] if isinstance(human, dict) else human for human in right]
+        if labels and right not in (None, *labels):
+            raise ValueError(f"{truth} {right!r} is none of {', '.join(labels)}")
+        types = entry.get("types") or entry
+        return right, [types.get(kind) for kind in ("answer_type", "question_type", "structural", "semantic")]
 
     annotated = {}
-    for where, _, entry in json_entries(annotations, "annotations") if annotations else ():
-        with expect("question_id, answers", where):
-            annotated[entry["question_id"]] = truth_and_kinds(entry, entry["answers"])
-    for where, _, entry in json_entries(path, key):
-        with expect(f"question, {image_key}, {id_key}, perhaps answers", where):
-            if annotations and entry[id_key] not in annotated:
-                raise UserError(f"{annotations}: no answer to question {entry[id_key]} of {path}")
-            truth, kinds = annotated[entry[id_key]] if annotations else truth_and_kinds(entry, entry.get("answers"))
-            yield new_item(entry[id_key], entry["question"], image_type(entry[image_key]), truth, kinds)
-
-
-def read_gqa(path):
-    for where, name, entry in json_entries(path):
-        with expect("question, imageId, perhaps answer, types", where):
-            types = entry.get("types") or {}
-            kinds = types.get("structural"), types.get("semantic")
-            yield new_item(name, entry["question"], entry["imageId"], entry.get("answer"), kinds)
+    for where, _, entry in entries(annotations, read_value(annotations), "annotations") if annotations else ():
+        with expect(f"question_id, {truth}", where):
+            annotated[str(entry["question_id"])] = truth_and_kinds(entry, entry[truth])
+    for where, name, entry in entries(path, read_value(path), key):
+        with expect(f"{question}, {image}{f', {item_id}' if item_id else ''}, perhaps {truth}", where):
+            own_id = entry[item_id] if item_id else entry.get("question_id", name)
+            if annotations and str(own_id) not in annotated:
+                raise UserError(f"{annotations}: no answer to question {own_id} of {path}")
+            right_and_kinds = annotated[str(own_id)] if annotations else truth_and_kinds(entry, entry.get(truth))
+            yield new_item(own_id, entry[question], image_type(entry[image]), *right_and_kinds)
 
 
 def read_captions(path):
     """COCO's {images, annotations} (NoCaps, with domains); Karpathy's {images: [{split, sentences}]}, only the split
-    test (Flickr30k, COCO); BLIP's list of {image, caption} (COCO)"""
-    content, annotated = read_json(path, (list, dict)), {}
-    for where, _, entry in json_entries(path, "annotations") if "annotations" in content else ():
+    test (Flickr30k, COCO); BLIP's list of {image, caption}, all captions of a picture in
+    one row or each in its own (COCO). Test files have none."""
+    content, annotated, items = read_value(path), {}, {}
+    has_annotations = isinstance(content, dict) and "annotations" in content
+    for where, _, entry in entries(path, content, "annotations") if has_annotations else ():
         with expect("image_id, caption", where):
             annotated.setdefault(entry["image_id"], []).append(entry["caption"])
-    for where, _, entry in json_entries(path, None if isinstance(content, list) else "images"):
+    for where, _, entry in entries(path, content, "images"):
         with expect("image, caption; or filename, split, sentences; or id, file_name, annotations of this id", where):
-            if annotated:
-                image, image_id, captions = entry["file_name"], entry["id"], annotated[entry["id"]]
-            elif "sentences" in entry:
+            if "sentences" in entry:
                 if entry["split"] != "test":
                     continue
-                image, image_id = entry["filename"], entry.get("cocoid", entry.get("imgid"))
-                image, captions = f"{entry.get('filepath', '.')}/{image}", [text["raw"] for text in entry["sentences"]]
+                image, image_id = f"{entry.get('filepath', '.')}/{entry['filename']}", entry.get("imgid")
+                image_id, captions = entry.get("cocoid", image_id), [text["raw"] for text in entry["sentences"]]
+            elif "file_name" in entry:
+                image, image_id = entry["file_name"], entry["id"]
+                captions = annotated[image_id] if has_annotations else []
             else:
-                image, image_id, captions = entry["image"], entry.get("image_id"), entry["caption"]
+                image, image_id, captions = entry["image"], entry.get("image_id"), entry.get("caption", [])
             if image_id is None:
                 digits = re.search(r"\d+$", Path(image).stem)                 # COCO_val2014_000000391895.jpg
                 image_id = int(digits[0]) if digits else image
             captions = [captions] if isinstance(captions, str) else list(captions)
-            yield new_item(image_id, "", (image, Path(image).name), captions, [entry.get("domain")])
-
-
-def read_pope(path):
-    for number, line in enumerate(read_text(path).strip().split("\n"), 1):
-        with expect("question_id, image, text, label yes or no", f"{path}, line {number}"):
-            entry = json.loads(line)
-            truth = {"yes": "yes", "no": "no"}[entry["label"]]
-            yield new_item(entry["question_id"], entry["text"], entry["image"], truth)
+            earlier = items.get(image, {"truth": None})["truth"] or []
+            items[image] = new_item(image_id, "", (image, Path(image).name), earlier + captions or None,
+                                    [entry.get("domain")])
+    return items.values()
 
 
 def read_mme(folder):
@@ -175,12 +163,14 @@ def read_mme(folder):
     files = [(task, path) for task in scores.PERCEPTION + scores.COGNITION
              for path in sorted(Path(folder, task).rglob("*.txt"))]
     for task, path in files:
-        with expect("two lines, each a question, a tab, Yes or No", path):
-            first, second = (line.split("\t") for line in read_text(path).strip().split("\n"))
+        with expect("two lines, each a question, a tab, Yes or No; in a test file a question alone", path):
+            text = read_text(path).strip()
+            first, second = (line.split("\t") for line in text.split("\n"))
             images = f"{task}/{path.stem}", f"{task}/images/{path.stem}"
-            for original, truth in (first, second):
-                yield new_item(images[0], original.replace("Please answer yes or no.", "").strip(), images,
-                               {"Yes": "yes", "No": "no"}[truth.strip()], [task], original=original)
+            for original, *truth in (first, second):
+                right = {"Yes": "yes", "No": "no"}[truth[0].strip()] if "\t" in text else None
+                yield new_item(images[0], original.replace("Please answer yes or no.", "").strip(), images, right,
+                               [task], original=original, group=images[0])
 
 
 def read_mmbench(path):
@@ -207,41 +197,38 @@ def read_mmbench(path):
 
 def read_seed(path):
     """For a video the picture is the frame that LLaVA's script extracts: type_question.png"""
-    types = read_json(path).get("question_type", {})
-    for where, _, entry in json_entries(path, "questions"):
+    content = read_value(path)
+    types = content.get("question_type") if isinstance(content, dict) else None
+    for where, _, entry in entries(path, content, "questions"):
         with expect("question_id, question, choice_a to choice_d, data_type, data_id, question_type_id", where):
             kind, choices = entry["question_type_id"], {letter.upper(): entry[f"choice_{letter}"] for letter in "abcd"}
             image = f"{kind}_{entry['question_id']}" if entry["data_type"] == "video" else entry["data_id"]
-            kinds = entry["data_type"], *(name for name, number in types.items() if number == kind)
+            kinds = entry["data_type"], *(name for name, number in (types or {}).items() if number == kind)
             yield new_item(entry["question_id"], with_choices(entry["question"], choices), image,
                            entry.get("answer"), kinds, choices)
 
 
 def read_scienceqa(path):
     """problems.json: the test questions that have a picture, worded as in LLaVA's conversion"""
-    for where, name, entry in json_entries(path):
-        with expect("question, choices, answer (a number from 0), image, split", where):
+    for where, name, entry in entries(path, read_value(path)):
+        with expect("question, choices, answer (a number from 0; none in a test file), image, split", where):
             if entry["split"] == "test" and entry["image"]:
                 choices = dict(zip("ABCDE", entry["choices"]))
                 options = " ".join(f"({letter}) {choice}" for letter, choice in choices.items())
                 question = f"Context: {entry.get('hint') or 'N/A'}\nQuestion: {entry['question']}\nOptions: {options}"
-                truth = dict(enumerate(choices))[entry["answer"]]
+                truth = dict(enumerate(choices))[entry["answer"]] if entry.get("answer") is not None else None
                 yield new_item(name, question, f"{name}/{entry['image']}", truth, choices=choices)
 
 
-def read_mmvet(path):
-    for where, name, entry in json_entries(path):
-        with expect("question, imagename", where):
-            yield new_item(name, entry["question"], entry["imagename"])
-
-
 def read_mmvp(path):
-    """Two neighbouring lines are a pair; the picture of the n-th line is n.jpg"""
-    for where, n, row in table_rows(path, ","):
-        with expect("Question, Options as (a) .. (b) .., Correct Answer", where):
+    """The picture of index n is n.jpg; n odd and n + 1 are a pair. The published heading is misspelt: lndex."""
+    for where, _, row in table_rows(path, ","):
+        with expect("Question, Options as (a) .. (b) .., Index, perhaps Correct Answer", where):
+            index = int(row["Index"] if "Index" in row else row["lndex"])
             choices = dict(re.findall(r"\((\w)\)\s*(.*?)\s*(?=\(\w\)|$)", row["Options"]))
-            truth = row["Correct Answer"].strip(" ()").lower()
-            yield new_item(n, f"{row['Question']} {row['Options']}", n, truth, (), choices, group=(n - 1) // 2)
+            truth = (row.get("Correct Answer") or "").strip(" ()").lower() or None
+            yield new_item(index, f"{row['Question']} {row['Options']}", index, truth, (), choices,
+                           group=(index - 1) // 2)
 
 
 def write_list(row, path, pairs):
@@ -250,7 +237,7 @@ def write_list(row, path, pairs):
 
 def write_lines(row, path, pairs):
     lines = [json.dumps(row(item, answer), ensure_ascii=False) + "\n" for item, answer in pairs]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def write_mmvet(path, pairs):
@@ -263,15 +250,15 @@ def write_mme(path, pairs):
     texts = {}
     for item, answer in pairs:
         task, stem = item["id"].split("/")
-        cells = f"{stem}.txt", item["original"], item["truth"].capitalize(), " ".join(answer.split())
+        cells = f"{stem}.txt", item["original"], (item["truth"] or "").capitalize(), " ".join(answer.split())
         texts[task] = texts.get(task, "") + "\t".join(cells) + "\n"
     for task, text in texts.items():
-        (path / f"{task}.txt").write_text(text, encoding="utf-8")
+        (path / f"{task}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_mmbench(path, pairs):
     """The columns of the server's .xlsx, separated by tabs: a spreadsheet program can save them as .xlsx"""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["index", "question", *"ABCD", "prediction", "answer"])
         for item, answer in pairs:
@@ -284,7 +271,8 @@ write_gqa = partial(write_list, lambda item, answer: {"questionId": item["id"], 
 write_captions = partial(write_list, lambda item, answer: {"image_id": item["id"], "caption": answer})
 write_seed = partial(write_lines, lambda item, answer: {"question_id": item["id"], "prediction": answer})
 write_mmvp = partial(write_lines, lambda item, answer: {
-    "question_id": item["id"], "prompt": item["question"], "answer": f"({item['truth']})", "response": answer})
+    "question_id": item["id"], "prompt": item["question"], "answer": item["truth"] and f"({item['truth']})",
+    "response": answer})
 write_llava = partial(write_lines, lambda item, answer: {
     "question_id": item["id"], "prompt": item["question"], "text": answer, "answer_id": "", "model_id": "libra",
     "metadata": {}})
@@ -298,8 +286,13 @@ COCO = ("COCO_val2014_{:012d}.jpg", "COCO_test2015_{:012d}.jpg", "{:012d}.jpg", 
 SEED = ("SEED-Bench-image/{}", "SEED-Bench-video-image/{}.png", "{}", "{}.jpg", "{}.png")
 STEM, NAME = ("{}.jpg", "{}.png"), ("{}",)                # pictures are named without, or with their ending
 
-read_vizwiz = partial(read_vqa, key=None, id_key="image", image_key="image", image_type=str)
-read_textvqa = partial(read_vqa, key="data", id_key="image_id", image_type=str)   # its scorer wants the image as the id
+read_vqa = partial(read_questions, key="questions", item_id="question_id", image="image_id", image_type=int,
+                   truth="answers")
+read_vizwiz = partial(read_questions, item_id="image", truth="answers")
+read_textvqa = partial(read_questions, key="data", item_id="image_id", image="image_id", truth="answers")
+read_gqa = partial(read_questions, image="imageId", truth="answer")
+read_pope = partial(read_questions, item_id="question_id", question="text", truth="label", labels=("yes", "no"))
+read_mmvet = partial(read_questions, image="imagename")
 score_vqav2 = partial(score_each, "VQA accuracy", partial(scores.vqa_accuracy, official=True))
 score_vqa = partial(score_each, "VQA accuracy", scores.vqa_accuracy)
 score_gqa = partial(score_each, "exact match", scores.gqa_match)

@@ -26,10 +26,14 @@ def score_each(metric, rule, items, answers):
 
 
 def average(results):
-    """The mean of the results of several files (POPE's three)"""
+    """The mean of the results of several files (POPE's three), and the sums of what was counted"""
+    unscored = [result for result in results if result["score"] is None]
+    whole = (unscored or results)[0] | {name: sum(result[name] for result in results)
+                                        for name in ("unparsed", "answered", "cut", "seconds") if name in results[0]}
+    if unscored:
+        return whole
     parts = {name: mean([result["parts"][name] for result in results]) for name in results[0]["parts"]}
-    return results[0] | {"score": mean([result["score"] for result in results]), "parts": parts,
-                         "unparsed": sum(result["unparsed"] for result in results)}
+    return whole | {"score": mean([result["score"] for result in results]), "parts": parts}
 
 
 # ---------------------------------------------------------------- short answers: VQAv2, OKVQA, VizWiz, TextVQA, GQA
@@ -94,22 +98,27 @@ def gqa_match(answer, truth):
 
 # ---------------------------------------------------------------- captions: NoCaps, Flickr30k, COCO
 
-CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|ll|re|ve))\b")
-TOKEN = re.compile(r"""n't\b | '(?:s|m|d|ll|re|ve)\b                # clitics, already split off
-                       | (?:[^\W\d]\.){2,}                          # u.s., a.m.
-                       | \w+ (?: (?:[-'] | (?<=\d)[.,:/](?=\d)) \w+ )*  # black-and-white, o'clock, 3.5, 10:30
-                       | \S""", re.VERBOSE)
+CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|ll|re|ve|em))\b|(?<=\w)('n(?:'|\b))", re.IGNORECASE)
+COMPOUND = re.compile(r"\b(can(?=not\b)|(?:gon|wan)(?=na(?![\w-]))|got(?=ta\b)|(?:gim|lem)(?=me\b))", re.IGNORECASE)
+TOKEN = re.compile(r"""n't\b | '(?:s|m|d|ll|re|ve)\b                # contractions, already split off
+    | 'n(?:'|\b) | '(?:em|til|till|cause|\d\ds?)\b | 't(?=is|was) | y'(?=\w) | ol'
+    | (?:mrs?|ms|[djs]r|st|mt|vs|etc|ave|blvd|co|corp|inc|ltd)\.      # abbreviations
+    | (?:[^\W\d]\.){2,}                                             # u.s., a.m.
+    | (?-i: [A-Z]+ (?: & [A-Z]+ )+ )                                 # AT&T
+    | [a-z][a-z\d]*(?:-[a-z\d]+)* (?: / [a-z\d]+(?:-[a-z\d]+)* ){1,2} (?!'?\w)      # black/white
+    | \w+ (?: (?:[-'] | (?<=\d)[.,:/](?=\d)) \w+ )*                 # black-and-white, o'clock, 3.5, 10:30
+    | [?!]{2,} | \S""", re.VERBOSE | re.IGNORECASE)
 IGNORED_TOKENS = set("'`\".?!,:-;")
 
 
 def caption_tokens(caption):
     """The tokens of a caption in the style of the Penn Treebank: lower case, n't and 's split off, no punctuation. The
-    public scorers run Stanford's tokenizer (Java), which differs: abbreviations (mr., st.) keep their period; web
-    addresses, e-mail addresses and smileys stay whole; "d'ye", "more'n", "'tis" and "'twas" are split; brackets become
-    -lrb- and -rrb-, which changes no count."""
-    text = re.sub("[\u2018\u2019]", "'", re.sub("[\u2013\u2014\u201c\u201d\u2026]", " ", caption.lower()))
-    text = re.sub(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:gim|lem)(?=me\b))", r"\1 ", text)
-    return [token for token in TOKEN.findall(CLITIC.sub(r" \1", text)) if token not in IGNORED_TOKENS]
+    public scorers run Stanford's tokenizer (Java), which differs: less common abbreviations keep their period; web
+    addresses, e-mail addresses and smileys stay whole; brackets become -lrb- and -rrb-, which changes no count."""
+    text = re.sub("[\u200d\ufe0f\U00010000-\U0010ffff]", " ", caption)          # emoji, which the public one drops
+    text = re.sub("[\u2018\u2019]", "'", re.sub("[\u2013\u2014\u201c\u201d\u2026]", " ", text))
+    tokens = TOKEN.findall(CONTRACTION.sub(r" \1\2", COMPOUND.sub(r"\1 ", text)))
+    return [token.lower() for token in tokens if token not in IGNORED_TOKENS]
 
 
 def cider(captions, references):
@@ -117,6 +126,8 @@ def cider(captions, references):
     each image -> a score for each image. Document frequencies are those of the references: one image alone scores 0."""
     references = {n: [" ".join(caption_tokens(text)) for text in texts] for n, texts in enumerate(references)}
     captions = {n: [" ".join(caption_tokens(caption))] for n, caption in enumerate(captions)}
+    if not any(text for texts in references.values() for text in texts):
+        raise UserError("none of the captions in --data has a word: there is nothing to compare the answers with")
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
@@ -163,15 +174,15 @@ def mme_label(answer):
 
 
 def score_mme(items, answers):
-    """100 * acc + 100 * acc+ points for each task; acc+ is the share of pictures with both questions right. The two
-    questions about a picture are neighbours. Parts: the sums (at most 2000 and 800), then points, acc, acc+ by task."""
-    labels, hits = [mme_label(answer) for answer in answers], defaultdict(list)
-    for item, label in zip(items, labels, strict=True):
-        hits[item["kinds"][0]].append(label == item["truth"])
+    """100 * acc + 100 * acc+ points for each task; acc+ is the share of pictures with both questions right. Parts: the
+    sums (at most 2000 and 800), then points, acc, acc+ by task."""
+    labels = [mme_label(answer) for answer in answers]
+    hits = defaultdict(lambda: defaultdict(list))                             # {task: {picture: [right or not]}}
+    for number, (item, label) in enumerate(zip(items, labels, strict=True)):
+        hits[item["kinds"][0]][item.get("group", number // 2)].append(label == item["truth"])
     parts = {"perception": 0.0, "cognition": 0.0}
-    for task, task_hits in hits.items():
-        both = [first and second for first, second in zip(task_hits[::2], task_hits[1::2])]
-        acc, acc_plus = mean(task_hits), sum(both) / len(task_hits[::2])
+    for task, pictures in hits.items():
+        acc, acc_plus = mean(sum(pictures.values(), [])), mean([all(both) for both in pictures.values()])
         parts |= {task: 100 * acc + 100 * acc_plus, f"{task} acc": acc, f"{task} acc+": acc_plus}
         parts["cognition" if task in COGNITION else "perception"] += parts[task]
     return {"score": parts["perception"], "metric": "perception, of 2000 points", "parts": parts,

@@ -1,5 +1,5 @@
 """Where a model looks on a picture (Fig. 4, 7): how much layers and heads differ, and heat maps of each layer."""
-import numpy as np
+from common.plots import new_figure, plot_curves, show_pictures
 
 
 def attention_difference(maps):
@@ -11,28 +11,15 @@ def attention_difference(maps):
     return cross, inner
 
 
-def plot_attention(picture, maps, cross, inner, path):
-    """Heat maps of each layer over a PIL image, mean over heads, and the two differences by layer -> a picture file.
-    maps: (layers, 1, heads, G*G)"""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    heat = maps.mean(dim=(1, 2)).numpy()
-    grid, columns = round(heat.shape[1] ** 0.5), 8
-    rows = -(-len(heat) // columns)
-    figure = pyplot.figure(figsize=(2 * min(columns, len(heat)), 2.2 * rows + 2.6), layout="constrained")
-    upper, lower = figure.subfigures(2, height_ratios=(2.2 * rows, 2.6))
-    for layer, axes in enumerate(np.atleast_1d(upper.subplots(rows, min(columns, len(heat)))).flat):
-        axes.axis("off")
-        if layer < len(heat):
-            axes.imshow(picture, extent=(0, grid, grid, 0))
-            axes.imshow(heat[layer].reshape(grid, grid), extent=(0, grid, grid, 0), cmap="hot", alpha=0.6)
-            axes.set_title(f"layer {layer}, at most {heat[layer].max():.3f}", fontsize=7)
-    axes = lower.subplots()
-    axes.plot(cross, marker=".", label="cross-layer difference")
-    axes.plot(inner, marker=".", label="inner-layer difference")
-    axes.set(xlabel="layer", ylabel="mean absolute difference")
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+def plot_attention(picture, maps, cross, inner):
+    """maps: (layers, 1, heads, G*G) -> a figure: heat maps of each layer over a PIL image, mean over heads, and the two
+    differences by layer"""
+    heat = maps.mean(dim=(1, 2)).unflatten(1, (round(maps.shape[-1] ** 0.5), -1)).numpy()     # (layers, G, G)
+    rows = [heat[first:first + 8] for first in range(0, len(heat), 8)]
+    titles = [f"layer {layer}, at most {of_layer.max():.3f}" for layer, of_layer in enumerate(heat)]
+    figure = new_figure(2 * len(rows[0]), 2.2 * len(rows) + 2.6)
+    upper, lower = figure.subfigures(2, height_ratios=(2.2 * len(rows), 2.6))
+    show_pictures(upper, [[picture] * len(row) for row in rows], titles=titles, heat_maps=rows)
+    plot_curves(lower.subplots(), {"cross-layer difference": cross, "inner-layer difference": inner}, "layer",
+                "mean absolute difference")
+    return figure

@@ -77,6 +77,12 @@ def signal_at_parents_death(number):
     ctypes.CDLL(None).prctl(1, number)                    # 1: PR_SET_PDEATHSIG
 
 
+def add_device_options(group):
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    group.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
+    group.add_argument("--no-graphs", action="store_true", help="never decode by CUDA graphs: slower, less memory")
+
+
 def run(main):
     """Call a script's main. An error ends it with one sentence; --debug, an option of all scripts, adds the traceback.
     Exit codes: 2 the user's mistake or the system's (a full disk), 1 any other, 130 Ctrl-C, 141 nobody reads on."""

@@ -7,6 +7,14 @@ import torch
 from common.weights import UserError
 
 
+def check_finite(tensor):
+    """-> the tensor. NaN or infinity would be answered with rubbish."""
+    if not torch.isfinite(tensor).all():
+        raise UserError("the model computes values that are no finite numbers: its weights hold NaN or infinity, or "
+                        "are too large for this --dtype")
+    return tensor
+
+
 class Sampler:
     """Greedy at temperature 0. Else row i has a generator of its own, seeded seed + i: a row of a batch gets what it
     would get alone."""
@@ -21,8 +29,10 @@ class Sampler:
 
     def __call__(self, logits, rows):
         """logits (len(rows), V) -> ids (len(rows),) on the CPU"""
+        best = logits.argmax(-1, keepdim=True)            # NaN counts as the largest
+        check_finite(logits.gather(-1, best) / (self.temperature or 1))
         if self.temperature == 0:
-            return logits.argmax(-1).cpu()
+            return best[:, 0].cpu()
         p, ids = (logits.float().cpu() / self.temperature).softmax(-1).sort(-1, descending=True)
         if self.top_k:
             p[:, self.top_k:] = 0
@@ -36,17 +46,19 @@ class Step:
     step is captured as one CUDA graph and replayed.
 
     run: a function of no arguments that reads `streams` and `caches` -> hidden states (B, 1, D)
+    graphs: whether it may be captured
     """
 
-    def __init__(self, run, streams, caches):
+    def __init__(self, run, streams, caches, graphs=True):
         self.run, self.streams, self.caches, self.calls = run, streams, caches, 0
+        self.capture_at = CAPTURE_AFTER.get(streams.text_ids.device.type) if graphs else None
 
     def __call__(self, text_ids, image_ids):
         """The ids of the rows that are text and image now -> hidden states (B, D)"""
         self.streams.text_ids.copy_(text_ids)
         self.streams.image_ids.copy_(image_ids)
         self.calls += 1
-        if self.calls == CAPTURE_AFTER.get(self.streams.text_ids.device.type):
+        if self.calls == self.capture_at:
             for cache in self.caches.values():
                 cache.fix_shapes()
             self.run = capture_cuda_graph(self.run, self.streams.text_ids.device)

@@ -79,7 +79,8 @@ def inside(folder, name):
 
 def write_json(path, value):
     with replaced(path) as draft:
-        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8",
+                         errors="backslashreplace")       # lone surrogates, which JSON writes so
 
 
 def save_tensors(path, tensors):

@@ -1,13 +1,30 @@
 """Generation: cached = uncached, batches = single prompts, what may stand where, sampling."""
+import argparse
+import json
+import sys
+
 import pytest
 import tiny
 import torch
 
 from common.sampling import Sampler
 from common.weights import UserError
-from generate import ask, forward, generate, new_caches, place_in_image, prefill
+from generate import (
+    answer,
+    answer_file,
+    ask,
+    draw,
+    encode_prompts,
+    forward,
+    generate,
+    new_caches,
+    place_in_image,
+    prefill,
+    reconstruct,
+)
 from llama import KVCache
 from streams import IMAGE, TEXT, Streams
+from text import IMG
 
 
 def stack(tokens):
@@ -151,6 +168,7 @@ def test_recorded_steps_say_the_same(monkeypatch):
     assert torch.equal(stack(generate(model, prompts, signal, 12)), plain) and len(recordings) == 2
     alone = stack(generate(model, prompts[:1], None, 12))
     assert torch.equal(alone[0], plain[0]) and len(recordings) == 3
+    assert torch.equal(stack(generate(model, prompts, signal, 12, graphs=False)), plain) and len(recordings) == 3
 
 
 def test_stop_and_room():
@@ -234,3 +252,72 @@ def test_recording_attention_maps_does_not_change_the_answer():
     assert torch.equal(stack(generate(model, prompts, signal, 10)), expected)
     maps, = model.model.layers[0].self_attn.recorded_maps
     assert maps.shape[:2] == (len(prompts), 4) and torch.allclose(maps.sum(-1), torch.ones(()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_values_that_are_no_numbers_are_not_answered_with(value, sampling):
+    model, g = tiny.libra(), torch.Generator().manual_seed(15)
+    text = tiny.interleaved(model.config, 0, g)
+    drawing = torch.cat([text, tiny.image_ids(model.config, 0)])
+    for weight in (model.lm_head.weight, model.vision_lm_head.heads[1].weight):
+        weight.data[3] = value
+    for prompt in (text, drawing):
+        with pytest.raises(UserError, match="no finite numbers"):
+            list(generate(model, [prompt], None, 3, **sampling))
+
+
+def test_pictures_that_are_no_numbers_are_not_written(tmp_path):
+    from PIL import Image
+    model = tiny.whole(tmp_path)
+    for weight in model.tokenizers.image.decoder.parameters():
+        weight.data.fill_(float("nan"))
+    for job in (lambda: reconstruct(model.tokenizers.image, Image.new("RGB", (30, 30))), lambda: draw(model, ["a"])):
+        with pytest.raises(UserError, match="no finite numbers"):
+            job()
+
+
+def test_an_answer_that_is_cut(tmp_path, capsys):
+    """Where the positions end before </s>, and only there"""
+    model = tiny.whole(tmp_path)
+    model.lm_head.weight.data[model.tokenizers.text.eos] = 0                  # never the likeliest
+    rows = [("What?", []), ("What colour is the large square in the top left of it?", [])]
+    prompts, _ = encode_prompts(model, rows)
+    model.config.max_position_embeddings = max(map(len, prompts)) + 3
+    (_, first, cut_first), (_, second, cut_second) = answer(model, rows, 5)
+    assert (first, cut_first, second, cut_second) == (5, False, 4, True)      # three tokens, then </s>
+    assert answer(model, rows[1:], 5, out=sys.stdout)[0][1:] == (3, True)
+    assert f"all {model.config.max_position_embeddings} positions" in capsys.readouterr().err
+    assert answer(model, rows[1:], 2)[0][1:] == (2, False)
+
+
+def test_a_file_of_prompts_names_the_lines_that_are_cut(tmp_path, capsys):
+    model = tiny.whole(tmp_path)
+    model.lm_head.weight.data[model.tokenizers.text.eos] = 0
+    rows = [("What?", []), ("What colour is the large square in the top left of it?", [])]
+    model.config.max_position_embeddings = max(map(len, encode_prompts(model, rows)[0])) + 3
+    entries = [(number, {"question": rows[number % 2][0], "answer": "gold", "id": "\ud800"}) for number in range(1, 6)]
+    args = argparse.Namespace(out=tmp_path / "out", batch="x", batch_size=2, max_new_tokens=5, raw=False, seed=0)
+    answer_file(model, args, entries, {"temperature": 0.0})
+    assert "lines 1, 3, 5" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    expected = answer(model, [rows[1], rows[0]], 5)
+    assert [line["answer"] for line in lines] == [expected[n % 2][0] for n in range(5)]
+    assert all(line["given_answer"] == "gold" and line["id"] == "\ud800" for line in lines)
+
+
+def test_rows_are_answered_alike_by_all(tmp_path):
+    """A batch, one row, one row with history, a picture without a question"""
+    from PIL import Image
+    model, picture = tiny.whole(tmp_path), Image.new("RGB", (40, 30), "red")
+    rows = [("What is it?", [picture]), ("No picture?", []), (None, [picture])]
+    together = answer(model, rows, 6)
+    assert together == [answer(model, [row], 6)[0] for row in rows]
+    assert together[0][0] == ask(model, picture, "What is it?", 6)
+    text = model.tokenizers.text
+    prompts, _ = encode_prompts(model, [("And now?", [picture] * 3)], history=[("What?", 2, "That.")])
+    expected = text.chat([("What?", 2, "That."), ("And now?", 1, None)])[0]
+    assert [i for i in prompts[0][:, 0].tolist() if i < text.vocab_size] == [i for i in expected if i != IMG]
+    blind, _ = encode_prompts(model, rows, zeroed=True)
+    codes = blind[0][blind[0][:, 0] >= text.vocab_size][1:-1]
+    assert (codes == text.vocab_size).all()

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import ROOT, TOKENIZER, checkpoint_tensors, log, run, split
 
 from generate import encode_images
@@ -197,6 +197,8 @@ def test_completion_keeps_what_is_given(toy, base):
 @pytest.mark.slow
 def test_evaluate(toy, base, tuned, tmp_path):
     """Blind baselines; broken off and gone on with, and shared by two processes: the same answers"""
+    from benchmarks.files import read
+    from evaluate import what_is_asked
     held, images = toy / "eval/held_out", toy / "eval/images"
     words = ["--task exact --data", f"{held}_questions.json", f"{held}_annotations.json", "--images", images, "--model",
              tuned, "--limit 16 --batch 4 --max-new-tokens 6"]
@@ -212,19 +214,31 @@ def test_evaluate(toy, base, tuned, tmp_path):
         assert results[name]["answered"] == 16 and "colour/1" in results[name]["parts"]
     assert {path.name for path in tmp_path.iterdir()} == {"all", "swapped", "zeroed"}
     about = {key: results["all"][key] for key in ("task", "data", "prompt", "blind", "likelihood", "decoding", "limit",
-                                                  "model", "dtype", "max_new_tokens")}
-    kept = [json.dumps(about)] + [json.dumps({"n": n, "answer": f"kept {n}"}) for n in (3, 5)] + ['{"n": 7, "ans']
-    (tmp_path / "part.0.0.jsonl").write_text("\n".join(kept))
+                                                  "model", "dtype", "max_new_tokens", "weights")}
+    asked = [what_is_asked(item) for item in read("exact", images, f"{held}_questions.json")[:16]]
+    kept = [json.dumps({"question": question, "picture": picture, "answer": f"kept {n}"})
+            for n, (question, picture) in enumerate(asked)]
+    other_question = kept[6].replace("?", "!")
+    (tmp_path / "part.0.0.jsonl").write_text("\n".join([json.dumps(about), kept[3], kept[5], other_question, '{"que']))
     run("evaluate.py", *words, "--out", tmp_path / "part", "--submission", tmp_path / "submission.json", processes=2)
     part = json.loads((tmp_path / "part").read_text())["answers"]
     expected = [answer["answer"] for answer in results["all"]["answers"]]
     expected[3], expected[5] = "kept 3", "kept 5"
     assert [answer["answer"] for answer in part] == expected
     assert len(json.loads((tmp_path / "submission.json").read_text())) == 16
-    (tmp_path / "part.0.0.jsonl").write_text(kept[0])
+    (tmp_path / "part.0.0.jsonl").write_text(json.dumps(about))
+    (tmp_path / "part.notes.jsonl").write_text("of the user")
+    trained_on = shutil.copytree(tuned, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint*"))
+    (tmp_path / "on.0.0.jsonl").write_text(json.dumps(about | {"model": str(trained_on)}))
+    weights = load_file(trained_on / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, trained_on / "model.safetensors", {"format": "pt"})
+    assert "holds answers to" in run("evaluate.py", *words, "--model", trained_on, "--out", tmp_path / "on", ok=False)
     for other in ("--blind zeroed", ("--model", str(base))):
         said = run("evaluate.py", *words, other, "--out", tmp_path / "part", ok=False)
         assert "holds answers to" in said and "remove it" in said
+    run("evaluate.py", *words, "--out", tmp_path / "part")
+    assert (tmp_path / "part.notes.jsonl").is_file() and not (tmp_path / "part.0.0.jsonl").exists()
     pope = ["--images", images, "--model", tuned, "--limit 2 --task pope --data", f"{held}_pope.json"]
     shutil.copyfile(f"{held}_pope.json", tmp_path / "again.json")
     assert "F1" in run("evaluate.py", *pope, tmp_path / "again.json", "--submission", tmp_path / "said.json")
@@ -248,8 +262,7 @@ def test_choices_by_likelihood(toy, tuned, tmp_path):
     (tmp_path / "seed.json").write_text(json.dumps({"questions": questions, "question_type": {"kind": 1}}))
     items = read("seed", toy / "chats/images", tmp_path / "seed.json")
     model = Libra.from_pretrained(tuned).eval()
-    letters = likeliest_choices(model, [item["question"] for item in items], [item["image"] for item in items],
-                        [item["choices"] for item in items])
+    letters = likeliest_choices(model, items)
     for item, letter in zip(items, letters):
         codes, signal = encode_images(model, [item["image"]])
         losses = []

@@ -21,8 +21,8 @@ from benchmarks.scores import gqa_match
 from common.cli import NATURAL, SEED, TOY, Help, require_path, run
 from common.plots import new_figure, plot_curves, show_pictures
 from common.weights import read_folder, read_json, write_json
-from evaluate import evaluate, reply
-from generate import complete, draw, reconstruct
+from evaluate import evaluate
+from generate import answer, complete, draw, reconstruct
 from model import Libra
 from tokenizer import prepare, to_picture, to_rgb
 from toy import world
@@ -136,11 +136,12 @@ def plot_answers(figure, model, folder, answers, seed):
     files = [folder / "images" / f"{item['id']:012d}.png" for item in chosen]
     pairs = [reconstruct(model.tokenizers.image, file)[0] for file in files]
     grid = show_pictures(figure, [pairs[:5], pairs[5:]])
-    for axes, item, description in zip(grid.flat, chosen, reply(model, [world.DESCRIBE] * len(files), files)):
-        answer, colour = item["answer"][:30], "darkgreen"
+    descriptions = answer(model, [(world.DESCRIBE, [file]) for file in files])
+    for axes, item, (description, _, _) in zip(grid.flat, chosen, descriptions):
+        label, colour = item["answer"][:30], "darkgreen"
         if item in wrong:
-            answer, colour = f"{answer}  (it is {truth[item['id']]})", "firebrick"
-        axes.set_title(f"{questions[item['id']]}\n{answer}", fontsize="small", color=colour)
+            label, colour = f"{label}  (it is {truth[item['id']]})", "firebrick"
+        axes.set_title(f"{questions[item['id']]}\n{label}", fontsize="small", color=colour)
         axes.set_xlabel(textwrap.fill(description, 40), fontsize="x-small", color="dimgrey")
 
 
