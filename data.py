@@ -9,17 +9,15 @@ epoch whatever the number of processes, and three numbers give the position in t
 batch and counted; no other sample takes its place.
 """
 import argparse
-import glob
 import hashlib
 import io
 import itertools
 import json
-import math
 import re
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,166 +29,15 @@ from torch._utils import ExceptionWrapper
 
 from common.cli import POSITIVE, TOY, Help, run, signal_at_parents_death
 from common.pictures import open_image
-from common.tar import is_tar, list_tar
-from common.weights import UserError, inside, parse_json, read_json, read_text
+from common.sources import SHARD, expand_patterns, list_shard, open_sources
+from common.weights import UserError, inside, parse_json, read_json
 from streams import Streams
 from text import IMG, Text, expand_images, truncate
 from tokenizer import prepare
 
-SHARD = 10_000                 # entries of a JSON file that make a shard
 AT_ONCE = 8                    # shards whose samples are mixed
-MOST_FILES = 1_000_000         # that --data may stand for
 MARK = "<image>"               # where LLaVA's format puts an image
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")         # endings in a shard
-
-
-# ---------------------------------------------------------------- files
-
-def expand_patterns(patterns):
-    """'coyo/{00000..07776}.tar', globs, files -> existing files in order; 'coco.json@3' is read three times an epoch"""
-    files = []
-    for pattern in patterns:
-        pattern, times = re.fullmatch(r"(.*?)(?:@(\d+))?", pattern, re.DOTALL).groups(default="1")
-        if Path(pattern).is_dir():
-            raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
-        ranges = [int(last) - int(first) + 1 for first, last in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)]
-        if math.prod(ranges) * int(times[:19]) > MOST_FILES:
-            raise UserError(f"--data {pattern}, {times} times: stands for more than {MOST_FILES:,} files")
-        names = [file for name in expand_braces(pattern)
-                 for file in ([name] if Path(name).is_file() else sorted(glob.glob(name)) or [name])]
-        if not names or not int(times):
-            raise UserError(f"--data {pattern}, {times} times: stands for no file")
-        if missing := [name for name in names if not Path(name).is_file()]:
-            raise UserError(f"--data {pattern}: {len(missing)} of {len(names)} files are missing, first {missing[0]}")
-        files += names * int(times)
-    return files
-
-
-def expand_braces(pattern):
-    """'{0..1}/{00..99}.tar' -> '0/00.tar', '0/01.tar', ..., '1/99.tar'"""
-    if not (match := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)):
-        return [pattern]
-    first, last = match.groups()
-    return [name for i in range(int(first), int(last) + 1)
-            for name in expand_braces(pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():])]
-
-
-class Entries:
-    """The entries of a JSON file as bytes in one array, so that reader processes share its memory. [i] parses one."""
-
-    def __init__(self, entries=()):
-        """entries: an iterable of JSON texts or values"""
-        lines, lengths = bytearray(), []
-        for entry in entries:
-            line = (entry if isinstance(entry, str) else json.dumps(entry)).encode()
-            lines += line
-            lengths.append(len(line))
-        self.bytes, self.ends = np.frombuffer(lines, np.uint8), np.cumsum(lengths, dtype=np.int64)
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, i):
-        return parse_json(self.bytes[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
-
-
-@dataclass
-class Source:
-    """One file. kind: tar (img2dataset), coco (Karpathy captions) or llava (conversations)."""
-    path: str
-    kind: str
-    images: str = ""           # folder that the image paths of a JSON file are relative to
-    entries: Entries = field(default_factory=Entries, repr=False)
-
-    def identity(self):
-        """Name and content: of a tar its size and both ends, where the first and the last header stand"""
-        if self.kind != "tar":
-            return [Path(self.path).name, hashlib.sha256(self.entries.bytes).hexdigest()]
-        with open(self.path, "rb") as file:
-            size = file.seek(0, 2)
-            content = [file.read(65536) for start in (0, max(0, size - 65536)) if file.seek(start) >= 0]
-        return [Path(self.path).name, size, hashlib.sha256(b"".join(content)).hexdigest()]
-
-
-def open_source(path, images="", only_pictures=False):
-    """Shards are known by their name: to open thousands would delay the first step. Other files by their content."""
-    if str(path).endswith(".tar") or is_tar(path):
-        return Source(path, "tar")
-    text = read_text(path)
-    first = re.match(r"\s*\[\s*", text)
-    try:
-        value = scan(text, first.end())[0] if first else parse_json(text)
-        if not first:                                                                         # dataset_coco.json
-            kind, entries = "coco", Entries(
-                {"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
-                for image in value["images"] if image.get("split") in ("train", "restval")
-                for sentence in image["sentences"])
-        else:
-            kind = "llava" if "conversations" in value else "coco" if "caption" in value else None
-            entries = Entries(json_entries(text, first.end(), kind, only_pictures))
-        if kind and len(entries):
-            return Source(path, kind, images, entries)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path}: expected a tar shard, JSON with 'conversations' (LLaVA) or 'caption', or Karpathy's "
-                    "dataset_coco.json, which has images of the split train or restval")
-
-
-scan = json.JSONDecoder().raw_decode                      # (text, start) -> value, end
-
-
-def json_entries(text, start, kind, only_pictures):
-    """The entries of a JSON list one after the other, so that never all of them are objects in memory. A list of
-    captions is an entry for each; only_pictures: without entries that have none."""
-    while True:
-        entry, end = scan(text, start)
-        captions = entry.get("caption") if kind == "coco" and isinstance(entry, dict) else None
-        if only_pictures and not (isinstance(entry, dict) and entry.get("image")):
-            pass
-        elif isinstance(captions, list):
-            yield from ({**entry, "caption": caption} for caption in captions)
-        else:
-            yield text[start:end]
-        separator = re.compile(r"\s*([,\]])\s*").match(text, end)
-        if not separator:
-            raise ValueError(f"expected a comma or ] at character {end}")
-        if separator[1] == "]":
-            return
-        start = separator.end()
-
-
-def open_sources(patterns, images="", only_pictures=False):
-    """Files read several times are in memory once."""
-    files = expand_patterns(patterns)
-    sources = {path: open_source(path, images, only_pictures) for path in dict.fromkeys(files)}
-    return [sources[path] for path in files]
-
-
-def list_shard(sources, shard):
-    """shard (source, part) -> places of samples: (source, entry), or in a tar (source, key, {ending: (offset, size)}).
-    A damaged tar is used up to the damage, which is listed as a sample without files."""
-    number, part = shard
-    source = sources[number]
-    if source.kind != "tar":
-        return [(number, i) for i in range(part * SHARD, min((part + 1) * SHARD, len(source.entries)))]
-    with open(source.path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise UserError(f"{source.path} is compressed (gzip), so no sample can be read by its place: gunzip it")
-    samples, times, (members, complete) = {}, Counter(), list_tar(source.path)
-    for name, offset, size in members:
-        if not re.fullmatch(r"__.*__", name):
-            folder, _, base = name.rpartition("/")
-            key, _, ending = base.partition(".")
-            key, ending = f"{folder}/{key}" if folder else key, ending.lower()
-            times[key, ending] += 1
-            if times[key, ending] > 1:                    # a key that comes again is another sample
-                key += f" #{times[key, ending]}"
-            samples.setdefault(key, {})[ending] = offset, size
-    if not complete:
-        samples[f"{source.path} (cut off)"] = {}
-    return [(number, key, files) for key, files in samples.items()]
 
 
 # ---------------------------------------------------------------- the order of samples
@@ -203,11 +50,9 @@ class SampleOrder:
         self.sources, self.seed = sources, seed
         self.shards = [(n, part) for n, source in enumerate(sources)
                        for part in range(1 if source.kind == "tar" else -(-len(source.entries) // SHARD))]
-        unique = {id(source): source for source in sources}
         with ThreadPoolExecutor(16) as pool:              # thousands of shards on a slow disk
-            identities = dict(zip(unique, pool.map(Source.identity, unique.values())))
-        names = [identities[id(source)] for source in sources]
-        self.hash = hashlib.sha256(json.dumps([seed, AT_ONCE, names]).encode()).hexdigest()[:16]
+            identities = list(pool.map(lambda source: source.identity(), sources))
+        self.hash = hashlib.sha256(json.dumps([seed, AT_ONCE, identities]).encode()).hexdigest()[:16]
         self.state = list(state or [0, 0, 0, self.hash])
         if self.state[3:] != [self.hash]:
             raise UserError("this run began with other files in --data or another --seed, so its position in the data "

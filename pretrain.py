@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import POSITIVE, TOY, Help, bounded, require_path, run
 from common.config import is_llama
+from common.sources import open_sources
 from common.weights import UserError, read_json
-from data import SampleBuilder, make_loader, make_val_loader, open_sources
+from data import SampleBuilder, make_loader, make_val_loader
 from model import Libra
 from tokenizer import to_picture, to_rgb
 from training import engine, plan

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.cli import NATURAL, TOY, Help, bounded, require_path, run
+from common.sources import open_sources
 from common.weights import UserError, assign, read_tensors, select, shapes_only
-from data import PictureBuilder, open_sources
+from data import PictureBuilder
 from pretrain import run_steps
 from tokenizer import (
     ImageTokenizer,

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from common.tar import list_tar
+from common.sources import expand_patterns, list_shard, list_tar, open_source, open_sources
 from common.weights import UserError
 from data import (
     BadSample,
@@ -18,10 +18,6 @@ from data import (
     SampleBuilder,
     SampleDataset,
     SampleOrder,
-    expand_patterns,
-    list_shard,
-    open_source,
-    open_sources,
 )
 from text import Text
 

@@ -19,6 +19,7 @@ import sft
 import train_tokenizer
 from common import cli as command
 from common.pictures import open_image
+from common.sources import list_shard, open_source
 from common.weights import UserError
 from generate import generate as continued
 from training import engine
@@ -149,11 +150,11 @@ def test_a_duplicate_key_is_another_sample_and_gzip_is_named(tmp_path):
                 member = tarfile.TarInfo(f"k.{ending}")
                 member.size = 1
                 tar.addfile(member, io.BytesIO(b"%d" % n))
-    sources = [data.open_source(tmp_path / "a.tar")]
-    assert [key for _, key, _ in data.list_shard(sources, (0, 0))] == ["k", "k #2", "k #3"]
+    sources = [open_source(tmp_path / "a.tar")]
+    assert [key for _, key, _ in list_shard(sources, (0, 0))] == ["k", "k #2", "k #3"]
     (tmp_path / "b.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(UserError, match="compressed"):
-        data.list_shard([data.open_source(tmp_path / "b.tar")], (0, 0))
+        list_shard([open_source(tmp_path / "b.tar")], (0, 0))
 
 
 @pytest.mark.parametrize("value", [
@@ -162,7 +163,7 @@ def test_a_duplicate_key_is_another_sample_and_gzip_is_named(tmp_path):
 def test_captions_that_are_none(value, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match="a.json"):
-        data.open_source(tmp_path / "a.json")
+        open_source(tmp_path / "a.json")
 
 
 def test_swapped_is_another_picture():

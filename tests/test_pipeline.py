@@ -295,7 +295,8 @@ def test_looking_at_a_dataset(toy, tmp_path):
 
 
 def test_a_file_read_three_times_an_epoch(toy):
-    from data import SampleOrder, open_sources
+    from common.sources import open_sources
+    from data import SampleOrder
     path = str(toy / "chats/chat.json")
     sources = open_sources([path + "@3"], str(toy / "chats/images"))
     order = iter(SampleOrder(sources, seed=0))

@@ -24,8 +24,9 @@ import torch
 from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run
 from common.pictures import open_image
 from common.plots import new_figure, plot_curves, show_pictures
+from common.sources import open_source
 from common.weights import UserError, read_json, write_json
-from data import SampleBuilder, make_loader, open_source
+from data import SampleBuilder, make_loader
 from evaluate import evaluate
 from generate import attention, attention_difference, complete, draw, reconstruct
 from model import Libra

@@ -1,0 +1,221 @@
+"""The files of --data: tar shards, COCO captions and LLaVA conversations as lists of samples by their places."""
+import glob
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.weights import UserError, parse_json, read_text
+
+SHARD = 10_000                 # entries of a JSON file that make a shard
+MOST_FILES = 1_000_000         # that --data may stand for
+
+# ---------------------------------------------------------------- names
+
+def expand_patterns(patterns):
+    """'coyo/{00000..07776}.tar', globs, files -> existing files in order; 'coco.json@3' is read three times an epoch"""
+    files = []
+    for pattern in patterns:
+        pattern, times = re.fullmatch(r"(.*?)(?:@(\d+))?", pattern, re.DOTALL).groups(default="1")
+        if Path(pattern).is_dir():
+            raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
+        ranges = [int(last) - int(first) + 1 for first, last in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)]
+        if math.prod(ranges) * int(times[:19]) > MOST_FILES:
+            raise UserError(f"--data {pattern}, {times} times: stands for more than {MOST_FILES:,} files")
+        names = [file for name in expand_braces(pattern)
+                 for file in ([name] if Path(name).is_file() else sorted(glob.glob(name)) or [name])]
+        if not names or not int(times):
+            raise UserError(f"--data {pattern}, {times} times: stands for no file")
+        if missing := [name for name in names if not Path(name).is_file()]:
+            raise UserError(f"--data {pattern}: {len(missing)} of {len(names)} files are missing, first {missing[0]}")
+        files += names * int(times)
+    return files
+
+
+def expand_braces(pattern):
+    """'{0..1}/{00..99}.tar' -> '0/00.tar', '0/01.tar', ..., '1/99.tar'"""
+    if not (match := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)):
+        return [pattern]
+    first, last = match.groups()
+    return [name for i in range(int(first), int(last) + 1)
+            for name in expand_braces(pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():])]
+
+
+# ---------------------------------------------------------------- JSON files
+
+class Entries:
+    """The entries of a JSON file as bytes in one array, so that reader processes share its memory. [i] parses one."""
+
+    def __init__(self, entries=()):
+        """entries: an iterable of JSON texts or values"""
+        lines, lengths = bytearray(), []
+        for entry in entries:
+            line = (entry if isinstance(entry, str) else json.dumps(entry)).encode()
+            lines += line
+            lengths.append(len(line))
+        self.bytes, self.ends = np.frombuffer(lines, np.uint8), np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        return parse_json(self.bytes[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
+
+
+@dataclass
+class Source:
+    """One file. kind: tar (img2dataset), coco (Karpathy captions) or llava (conversations)."""
+    path: str
+    kind: str
+    images: str = ""           # folder that the image paths of a JSON file are relative to
+    entries: Entries = field(default_factory=Entries, repr=False)
+
+    def identity(self):
+        """Name and content: of a tar its size and both ends, where the first and the last header stand"""
+        if self.kind != "tar":
+            return [Path(self.path).name, hashlib.sha256(self.entries.bytes).hexdigest()]
+        with open(self.path, "rb") as file:
+            size = file.seek(0, 2)
+            content = [file.read(65536) for start in (0, max(0, size - 65536)) if file.seek(start) >= 0]
+        return [Path(self.path).name, size, hashlib.sha256(b"".join(content)).hexdigest()]
+
+
+def open_source(path, images="", only_pictures=False):
+    """Shards are known by their name: to open thousands would delay the first step. Other files by their content."""
+    if str(path).endswith(".tar") or is_tar(path):
+        return Source(path, "tar")
+    text = read_text(path)
+    first = re.match(r"\s*\[\s*", text)
+    try:
+        value = scan(text, first.end())[0] if first else parse_json(text)
+        if not first:                                                                         # dataset_coco.json
+            kind, entries = "coco", Entries(
+                {"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
+                for image in value["images"] if image.get("split") in ("train", "restval")
+                for sentence in image["sentences"])
+        else:
+            kind = "llava" if "conversations" in value else "coco" if "caption" in value else None
+            entries = Entries(json_entries(text, first.end(), kind, only_pictures))
+        if kind and len(entries):
+            return Source(path, kind, images, entries)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: expected a tar shard, JSON with 'conversations' (LLaVA) or 'caption', or Karpathy's "
+                    "dataset_coco.json, which has images of the split train or restval")
+
+
+scan = json.JSONDecoder().raw_decode                      # (text, start) -> value, end
+
+
+def json_entries(text, start, kind, only_pictures):
+    """The entries of a JSON list one after the other, so that never all of them are objects in memory. A list of
+    captions is an entry for each; only_pictures: without entries that have none."""
+    while True:
+        entry, end = scan(text, start)
+        captions = entry.get("caption") if kind == "coco" and isinstance(entry, dict) else None
+        if only_pictures and not (isinstance(entry, dict) and entry.get("image")):
+            pass
+        elif isinstance(captions, list):
+            yield from ({**entry, "caption": caption} for caption in captions)
+        else:
+            yield text[start:end]
+        separator = re.compile(r"\s*([,\]])\s*").match(text, end)
+        if not separator:
+            raise ValueError(f"expected a comma or ] at character {end}")
+        if separator[1] == "]":
+            return
+        start = separator.end()
+
+
+def open_sources(patterns, images="", only_pictures=False):
+    """Files read several times are in memory once."""
+    files = expand_patterns(patterns)
+    sources = {path: open_source(path, images, only_pictures) for path in dict.fromkeys(files)}
+    return [sources[path] for path in files]
+
+
+# ---------------------------------------------------------------- tar files: members by their places
+# Written by hand because tarfile takes ten times as long, in which training would wait, and follows damaged headers.
+
+def is_tar(path):
+    with open(path, "rb") as file:
+        return file.read(512)[257:262] == b"ustar"
+
+
+def list_tar(path):
+    """-> [(name, offset, size)] of the regular files in a tar, and whether it is complete. Only headers are read, ten
+    times as fast as by tarfile; the file is used up to the first thing that cannot be right."""
+    members, extended = [], {}
+    with open(path, "rb") as file:
+        length = file.seek(0, 2)
+        offset = file.seek(0)
+        while len(header := file.read(512)) == 512 and any(header):
+            try:
+                size, kind = int(extended.get("size") or tar_number(header[124:136])), header[156:157]
+                checksum = 256 + sum(header[:148]) + sum(header[156:])        # its own eight bytes count as blanks
+                if checksum != tar_number(header[148:156]) or not 0 <= size <= length - offset - 512:
+                    break
+                if kind in b"xL":                         # for the next member: attributes (pax), a long name (GNU)
+                    content = file.read(size)
+                    extended |= {"path": content.rstrip(b"\0")} if kind == b"L" else pax_attributes(content)
+                elif kind in b"\0" b"07":
+                    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+                    name = extended.get("path") or prefix + b"/" * bool(prefix) + header[:100].split(b"\0")[0]
+                    members.append((name.decode("utf-8", "backslashreplace"), offset + 512, size))
+            except ValueError:
+                break
+            extended = extended if kind in b"xL" else {}
+            offset = file.seek(offset + 512 + -(-size // 512) * 512)
+        rest = header + file.read()                       # a complete tar ends in zeros, 512 bytes or more
+    return members, len(rest) >= 512 and not any(rest)
+
+
+def tar_number(field):
+    """Octal digits, or, behind a first byte of 128 or more, a number in binary"""
+    if field[0] >= 128:
+        return int.from_bytes(field, signed=True) + (1 << 8 * len(field) - 1) if field[0] == 128 else -1
+    return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def pax_attributes(content):
+    """Lines '30 path=...' with their own length -> {"path": bytes, "size": bytes}, those that are there"""
+    attributes = {}
+    while content:
+        digits, _, _ = content.partition(b" ")
+        line, content = content[:int(digits)], content[int(digits):]
+        key, _, value = line[len(digits) + 1:-1].partition(b"=")
+        if key in (b"path", b"size"):
+            attributes[key.decode()] = value
+    return attributes
+
+
+def list_shard(sources, shard):
+    """shard (source, part) -> places of samples: (source, entry), or in a tar (source, key, {ending: (offset, size)}).
+    A damaged tar is used up to the damage, which is listed as a sample without files."""
+    number, part = shard
+    source = sources[number]
+    if source.kind != "tar":
+        return [(number, i) for i in range(part * SHARD, min((part + 1) * SHARD, len(source.entries)))]
+    with open(source.path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise UserError(f"{source.path} is compressed (gzip), so no sample can be read by its place: gunzip it")
+    samples, times, (members, complete) = {}, Counter(), list_tar(source.path)
+    for name, offset, size in members:
+        if not re.fullmatch(r"__.*__", name):
+            folder, _, base = name.rpartition("/")
+            key, _, ending = base.partition(".")
+            key, ending = f"{folder}/{key}" if folder else key, ending.lower()
+            times[key, ending] += 1
+            if times[key, ending] > 1:                    # a key that comes again is another sample
+                key += f" #{times[key, ending]}"
+            samples.setdefault(key, {})[ending] = offset, size
+    if not complete:
+        samples[f"{source.path} (cut off)"] = {}
+    return [(number, key, files) for key, files in samples.items()]
