@@ -1,8 +1,9 @@
 """The files of --data: tar shards, COCO captions and LLaVA conversations as lists of samples by their places."""
 import glob
 import hashlib
+import itertools
 import json
-import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,16 +23,16 @@ def expand_patterns(patterns):
     files = []
     for pattern in patterns:
         pattern, times = re.fullmatch(r"(.*?)(?:@(\d+))?", pattern, re.DOTALL).groups(default="1")
-        if Path(pattern).is_dir():
+        if os.path.isdir(pattern):
             raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
-        ranges = [int(last) - int(first) + 1 for first, last in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)]
-        if math.prod(ranges) * int(times[:19]) > MOST_FILES:
+        names = list(itertools.islice(expand_braces(pattern), MOST_FILES + 1))
+        if len(names) * int(times[:9]) > MOST_FILES:
             raise UserError(f"--data {pattern}, {times} times: stands for more than {MOST_FILES:,} files")
-        names = [file for name in expand_braces(pattern)
-                 for file in ([name] if Path(name).is_file() else sorted(glob.glob(name)) or [name])]
+        names = [file for name in names
+                 for file in ([name] if os.path.isfile(name) else sorted(glob.glob(name)) or [name])]
         if not names or not int(times):
             raise UserError(f"--data {pattern}, {times} times: stands for no file")
-        if missing := [name for name in names if not Path(name).is_file()]:
+        if missing := [name for name in names if not os.path.isfile(name)]:
             raise UserError(f"--data {pattern}: {len(missing)} of {len(names)} files are missing, first {missing[0]}")
         files += names * int(times)
     return files
@@ -39,11 +40,13 @@ def expand_patterns(patterns):
 
 def expand_braces(pattern):
     """'{0..1}/{00..99}.tar' -> '0/00.tar', '0/01.tar', ..., '1/99.tar'"""
-    if not (match := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)):
-        return [pattern]
-    first, last = match.groups()
-    return [name for i in range(int(first), int(last) + 1)
-            for name in expand_braces(pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():])]
+    match = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    if not match:
+        yield pattern
+        return
+    first, last = int(match[1]), int(match[2])
+    for i in range(first, last + 1) if first <= last else range(first, last - 1, -1):
+        yield from expand_braces(pattern[:match.start()] + str(i).zfill(len(match[1])) + pattern[match.end():])
 
 
 # ---------------------------------------------------------------- JSON files
