@@ -19,8 +19,8 @@ from common.sources import expand_patterns, open_source
 from data import PictureBuilder, SampleBuilder, SampleDataset, SampleOrder, list_shard
 from text import Text
 
-VALUES = [None, True, 0, -1, 1.5, float("nan"), 10 ** 400, "", "a", "<image>", "<image>\n<image>", "../x",
-          "/etc/passwd", "\0", "\ud800", "a" * 10 ** 5, [], [[]], ["a"], {}, {"a": 1}, "0.jpg", "<video>", {"from": "human"},
+VALUES = [None, True, 0, -1, 1.5, float("nan"), 10 ** 400, "", "a", "<image>", "<image>\n<image>", "../x", "/dev/null",
+          "\0", "\ud800", "a" * 10 ** 5, [], [[]], ["a"], {}, {"a": 1}, "0.jpg", "<video>", {"from": "human"},
           [None] * 5]
 RAW = [b"[" * 10 ** 5, b'{"caption":' * 10 ** 5, b'{"caption": %s}' % (b"9" * 5000), b"\xff\xfea", b"\xff" * 50, b"{",
        b"", b"NaN", b'{"caption": "\\ud800"}', b"\x00" * 600]

@@ -266,9 +266,9 @@ def test_sizes_that_cannot_be(tmp_path, field):
 
 
 @pytest.mark.parametrize("pattern", ["x{0..99999999999}.tar", "x.tar@10000000000", "x.tar@" + "1" * 5000,
-                                     "{0..9999}{0..9999}"])
+                                     "{0..999}{0..999}"])
 def test_patterns_of_too_many_files(pattern):
-    with pytest.raises(UserError, match="stands for more than 1,000,000 files"):
+    with pytest.raises(UserError, match="stands for more than 100,000 files"):
         expand_patterns([pattern])
 
 
