@@ -1,6 +1,8 @@
-# make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds
+# make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds;
+#                  DEVICE=cuda: on a GPU, in bfloat16
 # make test        a virtual environment, the packages, the linter, all tests; under 10 minutes on two cores
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
+# make test-gpu    training on a GPU against the CPU
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
 # make bench       speed and memory, each against something named; minutes
@@ -24,6 +26,12 @@ TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --entropy-weight 1 --l
 	--disc-start 1780 --disc-weight 0.2 --sample-every 500
 PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
+
+# A GPU that happens to be there would take the demo, in bfloat16
+DEVICE ?= cpu
+ifeq ($(DEVICE),cpu)
+demo demo-seeds ablate: export CUDA_VISIBLE_DEVICES =
+endif
 
 demo: $(VENV)/run
 	@mkdir -p $(TOY) && date +%s > $(TOY)/.began
@@ -72,6 +80,9 @@ test test-fast: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(filter test-fast,$@),-m "not slow")
 
+test-gpu: $(VENV)/test
+	LIBRA_GPU=1 $(RUN) -m pytest -m gpu
+
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements.txt
@@ -81,4 +92,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate bench clean-demo test test-fast
+.PHONY: demo demo-seeds ablate bench clean-demo test test-fast test-gpu

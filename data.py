@@ -14,32 +14,37 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import signal
-import tarfile
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
-from common.cli import POSITIVE, TOY, Help, run
+from common.cli import POSITIVE, TOY, Help, run, signal_at_parents_death
 from common.pictures import open_image
-from common.weights import UserError, read_json
+from common.tar import is_tar, list_tar
+from common.weights import UserError, inside, parse_json, read_json, read_text
 from streams import Streams
 from text import IMG, Text, expand_images, truncate
 from tokenizer import prepare
 
 SHARD = 10_000                 # entries of a JSON file that make a shard
 AT_ONCE = 8                    # shards whose samples are mixed
+MOST_FILES = 1_000_000         # that --data may stand for
 MARK = "<image>"               # where LLaVA's format puts an image
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")         # endings in a shard
 
 
-# ---------------------------------------------------------------- files and the order of their samples
+# ---------------------------------------------------------------- files
 
 def expand_patterns(patterns):
     """'coyo/{00000..07776}.tar', globs, files -> existing files in order; 'coco.json@3' is read three times an epoch"""
@@ -48,6 +53,9 @@ def expand_patterns(patterns):
         pattern, times = re.fullmatch(r"(.*?)(?:@(\d+))?", pattern, re.DOTALL).groups(default="1")
         if Path(pattern).is_dir():
             raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
+        ranges = [int(last) - int(first) + 1 for first, last in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)]
+        if math.prod(ranges) * int(times[:19]) > MOST_FILES:
+            raise UserError(f"--data {pattern}, {times} times: stands for more than {MOST_FILES:,} files")
         names = [file for name in expand_braces(pattern)
                  for file in ([name] if Path(name).is_file() else sorted(glob.glob(name)) or [name])]
         if not names or not int(times):
@@ -60,11 +68,30 @@ def expand_patterns(patterns):
 
 def expand_braces(pattern):
     """'{0..1}/{00..99}.tar' -> '0/00.tar', '0/01.tar', ..., '1/99.tar'"""
-    if not (match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
+    if not (match := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)):
         return [pattern]
     first, last = match.groups()
     return [name for i in range(int(first), int(last) + 1)
             for name in expand_braces(pattern[:match.start()] + str(i).zfill(len(first)) + pattern[match.end():])]
+
+
+class Entries:
+    """The entries of a JSON file as bytes in one array, so that reader processes share its memory. [i] parses one."""
+
+    def __init__(self, entries=()):
+        """entries: an iterable of JSON texts or values"""
+        lines, lengths = bytearray(), []
+        for entry in entries:
+            line = (entry if isinstance(entry, str) else json.dumps(entry)).encode()
+            lines += line
+            lengths.append(len(line))
+        self.bytes, self.ends = np.frombuffer(lines, np.uint8), np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        return parse_json(self.bytes[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
 
 
 @dataclass
@@ -73,36 +100,71 @@ class Source:
     path: str
     kind: str
     images: str = ""           # folder that the image paths of a JSON file are relative to
-    entries: list = field(default_factory=list, repr=False)
+    entries: Entries = field(default_factory=Entries, repr=False)
+
+    def identity(self):
+        """Name and content: of a tar its size and both ends, where the first and the last header stand"""
+        if self.kind != "tar":
+            return [Path(self.path).name, hashlib.sha256(self.entries.bytes).hexdigest()]
+        with open(self.path, "rb") as file:
+            size = file.seek(0, 2)
+            content = [file.read(65536) for start in (0, max(0, size - 65536)) if file.seek(start) >= 0]
+        return [Path(self.path).name, size, hashlib.sha256(b"".join(content)).hexdigest()]
 
 
-def open_source(path, images=""):
+def open_source(path, images="", only_pictures=False):
     """Shards are known by their name: to open thousands would delay the first step. Other files by their content."""
-    if str(path).endswith(".tar") or tarfile.is_tarfile(path):
+    if str(path).endswith(".tar") or is_tar(path):
         return Source(path, "tar")
-    value, entries = read_json(path, (dict, list)), []
-    with suppress(KeyError, TypeError, AttributeError, IndexError):
-        if isinstance(value, dict):                                                           # dataset_coco.json
-            entries = [{"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": s["raw"]}
-                       for image in value["images"] if image.get("split") in ("train", "restval")
-                       for s in image["sentences"]]
-        elif "conversations" in value[0] and all(isinstance(entry, dict) for entry in value):
-            return Source(path, "llava", images, value)
-        elif "caption" in value[0]:
-            entries = [{**entry, "caption": caption} for entry in value for caption in
-                       (entry["caption"] if isinstance(entry.get("caption"), list) else [entry.get("caption")])]
-    if not entries:
-        raise UserError(f"{path}: expected a tar shard, JSON with 'conversations' (LLaVA) or 'caption', or Karpathy's "
-                        "dataset_coco.json, which has images of the split train or restval")
-    return Source(path, "coco", images, entries)
+    text = read_text(path)
+    first = re.match(r"\s*\[\s*", text)
+    try:
+        value = scan(text, first.end())[0] if first else parse_json(text)
+        if not first:                                                                         # dataset_coco.json
+            kind, entries = "coco", Entries(
+                {"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
+                for image in value["images"] if image.get("split") in ("train", "restval")
+                for sentence in image["sentences"])
+        else:
+            kind = "llava" if "conversations" in value else "coco" if "caption" in value else None
+            entries = Entries(json_entries(text, first.end(), kind, only_pictures))
+        if kind and len(entries):
+            return Source(path, kind, images, entries)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: expected a tar shard, JSON with 'conversations' (LLaVA) or 'caption', or Karpathy's "
+                    "dataset_coco.json, which has images of the split train or restval")
+
+
+scan = json.JSONDecoder().raw_decode                      # (text, start) -> value, end
+
+
+def json_entries(text, start, kind, only_pictures):
+    """The entries of a JSON list one after the other, so that never all of them are objects in memory. A list of
+    captions is an entry for each; only_pictures: without entries that have none."""
+    while True:
+        entry, end = scan(text, start)
+        captions = entry.get("caption") if kind == "coco" and isinstance(entry, dict) else None
+        if only_pictures and not (isinstance(entry, dict) and entry.get("image")):
+            pass
+        elif isinstance(captions, list):
+            yield from ({**entry, "caption": caption} for caption in captions)
+        else:
+            yield text[start:end]
+        separator = re.compile(r"\s*([,\]])\s*").match(text, end)
+        if not separator:
+            raise ValueError(f"expected a comma or ] at character {end}")
+        if separator[1] == "]":
+            return
+        start = separator.end()
 
 
 def open_sources(patterns, images="", only_pictures=False):
-    """Files read several times are in memory once. only_pictures: without entries that have none."""
+    """Files read several times are in memory once."""
     files = expand_patterns(patterns)
-    sources = {path: open_source(path, images) for path in dict.fromkeys(files)}
-    for source in sources.values() if only_pictures else ():
-        source.entries = [entry for entry in source.entries if entry.get("image")]
+    sources = {path: open_source(path, images, only_pictures) for path in dict.fromkeys(files)}
     return [sources[path] for path in files]
 
 
@@ -116,24 +178,22 @@ def list_shard(sources, shard):
     with open(source.path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{source.path} is compressed (gzip), so no sample can be read by its place: gunzip it")
-    samples, times, complete = {}, Counter(), False
-    with suppress(tarfile.TarError, EOFError, OSError), tarfile.open(source.path, "r:") as tar:
-        for member in tar:
-            if member.isfile() and not re.fullmatch(r"__.*__", member.name):
-                folder, _, base = member.name.rpartition("/")
-                key, _, ending = base.partition(".")
-                key, ending = f"{folder}/{key}" if folder else key, ending.lower()
-                times[key, ending] += 1
-                if times[key, ending] > 1:                # a key that comes again is another sample
-                    key += f" #{times[key, ending]}"
-                samples.setdefault(key, {})[ending] = member.offset_data, member.size
-        tar.fileobj.seek(tar.offset)                      # tarfile stops silently at a damaged header
-        rest = tar.fileobj.read()                         # a complete tar ends in zeros, 512 bytes or more
-        complete = len(rest) >= 512 and rest.count(0) == len(rest)
+    samples, times, (members, complete) = {}, Counter(), list_tar(source.path)
+    for name, offset, size in members:
+        if not re.fullmatch(r"__.*__", name):
+            folder, _, base = name.rpartition("/")
+            key, _, ending = base.partition(".")
+            key, ending = f"{folder}/{key}" if folder else key, ending.lower()
+            times[key, ending] += 1
+            if times[key, ending] > 1:                    # a key that comes again is another sample
+                key += f" #{times[key, ending]}"
+            samples.setdefault(key, {})[ending] = offset, size
     if not complete:
         samples[f"{source.path} (cut off)"] = {}
     return [(number, key, files) for key, files in samples.items()]
 
+
+# ---------------------------------------------------------------- the order of samples
 
 class SampleOrder:
     """The endless global order of samples. `state` is the position in it: epoch, block of AT_ONCE shards, samples taken
@@ -143,7 +203,10 @@ class SampleOrder:
         self.sources, self.seed = sources, seed
         self.shards = [(n, part) for n, source in enumerate(sources)
                        for part in range(1 if source.kind == "tar" else -(-len(source.entries) // SHARD))]
-        names = [(Path(source.path).name, len(source.entries)) for source in sources]
+        unique = {id(source): source for source in sources}
+        with ThreadPoolExecutor(16) as pool:              # thousands of shards on a slow disk
+            identities = dict(zip(unique, pool.map(Source.identity, unique.values())))
+        names = [identities[id(source)] for source in sources]
         self.hash = hashlib.sha256(json.dumps([seed, AT_ONCE, names]).encode()).hexdigest()[:16]
         self.state = list(state or [0, 0, 0, self.hash])
         if self.state[3:] != [self.hash]:
@@ -193,7 +256,7 @@ class RankBatchSampler:
 # ---------------------------------------------------------------- from a sample to tokens and pixels
 
 class BadSample(Exception):
-    """(cause, name) of a sample that cannot be used"""
+    """(cause, name) of a sample that cannot be used; SampleDataset adds the file"""
 
 
 def read_sample(source, place):
@@ -206,33 +269,40 @@ def read_sample(source, place):
 
 
 def read_tar(source, name, files):
-    picture = next((ending for ending in ("jpg", "jpeg", "png", "webp") if ending in files), None)
+    # the caption's file may have a compound ending (0.caption.txt), the picture's too (0.input.jpg)
+    last = {ending.rpartition(".")[2]: ending for ending in reversed(files)} | {ending: ending for ending in files}
+    picture = next((last[ending] for ending in PICTURES if ending in last), None)
     if picture is None:
-        raise BadSample("no_image" if files else "cut_tar", name)
+        raise BadSample("no_image" if files else "cut_tar", name + " has " * bool(files) + ", ".join(files))
     content, caption = {}, None
     with open(source.path, "rb") as tar:
-        for ending in files.keys() & {picture, "json", "txt"}:
+        for ending in {picture, last.get("json"), last.get("txt")} & files.keys():
             offset, size = files[ending]
             tar.seek(offset)
             content[ending] = tar.read(size)
-    if "json" in content:
+    if last.get("json") in content:
         try:
-            caption = json.loads(content["json"]).get("caption")
+            caption = parse_json(content[last["json"]]).get("caption")
         except (ValueError, AttributeError):
             raise BadSample("bad_json", name) from None
-    if caption is None and "txt" in content:
-        caption = content["txt"].decode("utf-8", "replace")
+    if not caption and isinstance(caption, (str, list, type(None))) and last.get("txt") in content:
+        text = content[last["txt"]]
+        utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))                                  # a byte-order mark
+        caption = text.decode("utf-16" if utf16 else "utf-8-sig", "replace")
     return name, caption, [io.BytesIO(content[picture])]
 
 
 def read_entry(source, index):
-    entry, folder = source.entries[index], Path(source.images).resolve()
+    entry = source.entries[index]
     name = str(entry.get("id", entry.get("image_id", entry.get("image", index))))
+    if media := {"video", "audio"} & {key for key, value in entry.items() if value}:
+        raise BadSample("other_media", f"{name} has {', '.join(media)}")
     paths = entry.get("image") or []
-    files = [(folder / path).resolve() for path in ([paths] if isinstance(paths, str) else paths)]
+    try:
+        files = [inside(source.images, path) for path in ([paths] if isinstance(paths, str) else paths)]
+    except UserError:
+        raise BadSample("path_outside", name) from None
     for file in files:
-        if not file.is_relative_to(folder):
-            raise BadSample("path_outside", name)
         if not file.is_file():
             raise BadSample("no_image", f"{name}: {file}")
     if source.kind == "coco" and not files:
@@ -240,9 +310,13 @@ def read_entry(source, index):
     return name, entry["caption" if source.kind == "coco" else "conversations"], files
 
 
-def clean_caption(caption, name):
-    """Lower case, '*', '#', '~' and repeated blanks to one blank, at most 64 words"""
-    words = re.sub(r"[*#~]", " ", str(caption or "").lower()).split()
+def clean_caption(caption, name, random=None):
+    """Lower case, '*', '#', '~' and repeated blanks to one blank, at most 64 words. A list stands for one of its
+    captions, which the generator `random` chooses; what is no text is no caption."""
+    if isinstance(caption, list):
+        texts = [text for text in caption if isinstance(text, str) and text.strip()]
+        caption = texts[random.integers(len(texts))] if texts else None
+    words = re.sub(r"[*#~]", " ", caption.lower()).split() if isinstance(caption, str) else []
     if not words:
         raise BadSample("no_caption", name)
     return " ".join(words[:64])
@@ -252,14 +326,18 @@ def llava_turns(conversation, n_images, name):
     """[{"from": "human" | "gpt", "value"}] -> [(question without <image>, number of images, answer)]"""
     if not isinstance(conversation, list) or not conversation:
         raise BadSample("no_label", name)
-    messages = conversation[1:] if conversation[0].get("from") != "human" else conversation
+    messages = conversation[1:] if conversation[0].get("from") != "human" else conversation   # as LLaVA's own code
+    if len(messages) % 2:
+        raise BadSample("roles", f"{name} has a question without an answer")
     turns = []
     for question, answer in zip(messages[::2], messages[1::2]):
         if question.get("from") != "human" or answer.get("from") != "gpt":
             raise BadSample("roles", name)
-        words = question["value"]
+        words, lines = question["value"], [line.strip() for line in question["value"].splitlines()]
+        if {"<video>", "<audio>"} & set(lines):
+            raise BadSample("other_media", name)
         # In a chat without images <image> is text, unless it is a whole line: then an image is missing.
-        marks = words.count(MARK) if n_images else [line.strip() for line in words.splitlines()].count(MARK)
+        marks = words.count(MARK) if n_images else lines.count(MARK)
         turns.append((words.replace(MARK, "").strip() if marks else words, marks, answer["value"] + ""))
     if sum(marks for _, marks, _ in turns) != n_images:
         raise BadSample("image_marks", name)
@@ -290,7 +368,9 @@ class SampleBuilder:
         else:
             draw = np.random.default_rng([self.seed, epoch, *name.encode()]).random() < self.text_to_image
             max_tokens = max(0, self.max_length - self.config.image_tokens - 3)
-            ids, loss_mask = self.text.caption(clean_caption(words, name), self.caption_end, not draw, max_tokens)
+            choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
+            words = clean_caption(words, name, choice)
+            ids, loss_mask = self.text.caption(words, self.caption_end, not draw, max_tokens)
             loss_mask = [label and (self.image_loss or i != IMG) for i, label in zip(ids, loss_mask)]
         ids, loss_mask = truncate(ids, loss_mask, self.max_length, self.config.image_tokens)
         if not any(loss_mask):
@@ -320,7 +400,7 @@ class Batch(NamedTuple):
     pixels: torch.Tensor           # (n_images, 3, R, R)
     drawn: torch.Tensor            # (n_images,) bool: images without E_c
     names: list
-    listed: list                   # (cause, name) of bad samples
+    listed: list                   # (cause, name, file) of bad samples
 
     def to(self, device):
         pixels, drawn = (t.to(device, non_blocking=True) for t in (self.pixels, self.drawn))
@@ -338,14 +418,19 @@ class SampleDataset(torch.utils.data.Dataset):
         source = self.sources[place[0]]
         try:
             return self.builder(source, place, epoch)
+        except MemoryError:
+            raise
         except BadSample as bad:
-            return bad
-        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:           # an entry of another form
-            return BadSample("bad_entry", f"{type(error).__name__} in {source.path}: {place[1]}")
+            cause, name = bad.args
+        except Exception as error:  # noqa: BLE001        # an entry of another form can fail in any way
+            cause, name = "bad_entry", f"{type(error).__name__}: {place[1]}"
+        return BadSample(cause, name.encode("utf-8", "backslashreplace").decode(), str(source.path))
 
     def collate(self, items):
         bad = [item.args for item in items if isinstance(item, BadSample)]
         samples = [item for item in items if not isinstance(item, BadSample)]
+        if hasattr(self.builder, "collate"):              # of a model that reads other batches than Libra's
+            return self.builder.collate(samples, bad)
         c, r, streams = self.builder.config, self.builder.resolution, None
         if c:
             blank = torch.zeros(c.image_feature_resolution ** 2, c.vision_codebook_num, dtype=torch.long)
@@ -359,21 +444,40 @@ class SampleDataset(torch.utils.data.Dataset):
                      [sample["name"] for sample in samples], bad)
 
 
-def ignore_signals(_):
-    """Workers receive Ctrl-C and SIGTERM too, but have to live until the trainer has finished its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def start_worker(_):
+    """Workers receive the trainer's signals too, but have to live until it has finished its step, and no longer."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal_at_parents_death(signal.SIGKILL)
+    Queue._on_queue_feeder_error = hand_over_error
+
+
+def hand_over_error(queue, error, item):
+    """A batch that cannot be sent, as where /dev/shm is full, ends the trainer, which would wait for it forever."""
+    queue.put((item[0], ExceptionWrapper((type(error), error, error.__traceback__))))
 
 
 def make_loader(sources, builder, batch, micro_batch, seed, rank=0, world_size=1, workers=0, state=None, pin=False):
     """-> endless DataLoader of this rank's micro-batches (Batch) from `state` on, its RankBatchSampler"""
-    dataset = SampleDataset(sources, builder)
     sampler = RankBatchSampler(SampleOrder(sources, seed, state), batch, micro_batch, rank, world_size)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,
-        persistent_workers=workers > 0, worker_init_fn=ignore_signals,
-        generator=torch.Generator())                      # its own: the run's random numbers are left alone
-    return loader, sampler
+    return load(SampleDataset(sources, builder), sampler, workers, pin, persistent_workers=workers > 0), sampler
+
+
+def make_val_loader(sources, builder, micro_batch, rank=0, world_size=1, workers=0, pin=False):
+    """-> DataLoader of this rank's share of all samples, once and in order; all ranks get the same number of batches"""
+    items = [(0, place) for shard in SampleOrder(sources, 0).shards for place in list_shard(sources, shard)]
+    if not items:
+        raise UserError(f"--val-data {sources[0].path}: no samples in {len(sources)} files")
+    whole = micro_batch * world_size
+    batches = [items[start:start + whole][rank::world_size] for start in range(0, len(items), whole)]
+    return load(SampleDataset(sources, builder), batches, workers, pin)
+
+
+def load(dataset, batches, workers, pin, **options):
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,
+        worker_init_fn=start_worker, generator=torch.Generator(),             # its own: the run's random numbers are
+        **options)                                                            # left alone
 
 
 # ---------------------------------------------------------------- python data.py FILE...
@@ -389,7 +493,7 @@ def inspect_files(files, images, builder, limit):
             sample = dataset[0, place]
             if isinstance(sample, BadSample):
                 bad[sample.args[0]] += 1
-                print("  {}: {}".format(*sample.args))
+                print("  {}: {} in {}".format(*sample.args))
             else:
                 samples.append(sample)
                 sizes += [picture.size for picture in read_sample(source, place)[2]]
@@ -403,8 +507,8 @@ def inspect_files(files, images, builder, limit):
               f"{sorted(lengths)[len(lengths) // 2]}; cut at {builder.max_length}")
     for sample in examples[:12]:
         print(f"\n{sample['name']}: {bracketed(builder.text, sample['ids'], sample['loss_mask'])}")
-    print(f"\n{bad.total()} of the {len(lengths) + bad.total()} samples that were read cannot be used"
-          + "".join(f", {cause} {n}" for cause, n in bad.most_common()))
+    causes = "".join(f", {cause} {n}" for cause, n in bad.most_common())
+    print(f"\n{bad.total()} of the {len(lengths) + bad.total()} samples that were read cannot be used{causes}")
 
 
 def bracketed(text, ids, loss_mask):

@@ -303,7 +303,7 @@ def main():
     device = cli.check_device(args.device)
     dtype = cli.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     if args.reconstruct is not None:
-        tokenizer = ImageTokenizer.from_pretrained(cli.require_path(args.model), dtype, device)
+        tokenizer = ImageTokenizer.from_pretrained(cli.require_path(args.model), device)
         picture, psnr = reconstruct(tokenizer, args.reconstruct)
         save_picture(picture, args.out)
         return print(f"PSNR {psnr:.2f} dB")

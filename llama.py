@@ -6,13 +6,14 @@
 Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V vocabulary.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import check_divisible, check_types, read_config
+from common.config import check_divisible, check_fields, read_config
 from common.weights import UserError, assign, read_folder, shapes_only
 
 # From torch 2.11 on a Hopper GPU prefers cuDNN's attention to flash. cuDNN makes a plan for every new length, and every
@@ -34,9 +35,11 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    # Not fields: no LLaMA's config.json sets them, another model's configuration may.
+    bias, hidden_act = False, "silu"                      # biases of all seven matrices of a layer; the gate's function
 
     def __post_init__(self):
-        check_types(self, "config", at_least={"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0})
+        check_fields(self)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         check_divisible(self.num_attention_heads, self.num_key_value_heads, "heads share key-value heads evenly")
@@ -70,26 +73,32 @@ def apply_rope(x, rope):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def swiglu(gate, up):
-    return F.silu(gate) * up
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh,
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
 
 
-def linear(x, weight):
-    """x W^T. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a batch
-    of 16 blocks (docs/speed.md)."""
+def swiglu(gate, up, activation=F.silu):
+    return activation(gate) * up
+
+
+def linear(x, weight, bias=None):
+    """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a
+    batch of 16 blocks (docs/speed.md)."""
     one_row = x.is_cpu and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
     if not one_row or len(weight) % 16:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     blocks = weight.view(16, -1, weight.shape[1])                                             # (16, out / 16, in)
-    return torch.bmm(x.view(1, 1, -1).expand(16, -1, -1), blocks.mT).view(*x.shape[:-1], -1)
+    out = torch.bmm(x.view(1, 1, -1).expand(16, -1, -1), blocks.mT).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
 
 
 class Linear(nn.Linear):
-    def __init__(self, size_in, size_out):
-        super().__init__(size_in, size_out, bias=False)
+    def __init__(self, size_in, size_out, bias=False):
+        super().__init__(size_in, size_out, bias)
 
     def forward(self, x):
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -164,25 +173,28 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    attention = staticmethod(causal_attention)            # replaced where a mask is more than a tensor
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, width)
-        self.k_proj = Linear(c.hidden_size, kv_width)
-        self.v_proj = Linear(c.hidden_size, kv_width)
-        self.o_proj = Linear(width, c.hidden_size)
+        self.q_proj = Linear(c.hidden_size, width, c.bias)
+        self.k_proj = Linear(c.hidden_size, kv_width, c.bias)
+        self.v_proj = Linear(c.hidden_size, kv_width, c.bias)
+        self.o_proj = Linear(width, c.hidden_size, c.bias)
 
     def split_heads(self, x):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)                    # (B, heads, L, d)
 
-    def forward(self, x, rope, cache=None, layer=0):
-        """x (B, L, D) -> (B, L, D)"""
+    def forward(self, x, rope, cache=None, layer=0, mask=None):
+        """x (B, L, D) -> (B, L, D). mask: of the prompts; None: causal, or what the cache says"""
         q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, mask = apply_rope(q, rope), apply_rope(k, rope), None
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            k, v, mask = cache.update(layer, k, v)
-        return self.o_proj(causal_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+            k, v, cache_mask = cache.update(layer, k, v)
+            mask = cache_mask if mask is None else mask
+        return self.o_proj(self.attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------- a layer, the model
@@ -190,23 +202,24 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class Block(nn.Module):
-    def __init__(self, config, attention=Attention, feed_forward=FeedForward):
+    def __init__(self, config, attention=Attention, feed_forward=FeedForward, norm=RMSNorm):
         super().__init__()
         self.self_attn, self.mlp = attention(config), feed_forward(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
+    def forward(self, x, rope, cache=None, layer=0, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -237,7 +250,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """A Hugging Face LLaMA folder. dtype: as stored unless given."""
+        """A Hugging Face LLaMA folder. dtype: as stored unless given, and of mixed ones the widest."""
         with shapes_only():
             llama = cls(LlamaConfig.from_file(Path(folder) / "config.json"))
         assign(llama, read_llama_tensors(folder, llama.config, dtype), folder)
@@ -257,9 +270,7 @@ def read_llama_tensors(folder, config, dtype):
     tensors = read_folder(folder, dtype, keep)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding).to(embedding.dtype), embedding):
             raise UserError(f"{folder}/config.json: tie_word_embeddings is true, but the file's lm_head differs from "
                             "its embedding")
-    if len(dtypes := {str(t.dtype) for t in tensors.values() if t.is_floating_point()}) > 1:
-        raise UserError(f"{folder}: its weights are of several types ({', '.join(sorted(dtypes))}): give one as dtype")
     return tensors

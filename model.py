@@ -351,19 +351,23 @@ class Libra(Llama):
         """A model folder of ours or a published one (libra-11b-chat, libra-11b-base); or a LLaMA folder together with
         the folder of an image tokenizer: then the visual part is new, which is printed.
 
-        dtype: as stored unless given. changes: fields of LibraConfig that override config.json.
+        dtype: as stored unless given (of mixed ones the widest); the image tokenizer is float32. changes: fields of
+        LibraConfig that override config.json.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a model folder with config.json in it")
         tokenizers = Tokenizers(Text(folder / "tokenizer.model"),
-                                ImageTokenizer.from_pretrained(image_tokenizer or folder, dtype, device))
+                                ImageTokenizer.from_pretrained(image_tokenizer or folder, device))
         sizes = vision_sizes(tokenizers.image.config) | {"newline_token_id": tokenizers.text.newline}
         model = load(folder, sizes, dtype, **changes)
-        for name, value in (sizes | {"vocab_size": tokenizers.text.vocab_size}).items():
+        for name, value in sizes.items():
             if getattr(model.config, name) != value:
                 raise UserError(f"{folder}/config.json: {name} is {getattr(model.config, name)}, but the tokenizers "
                                 f"beside it have {value}: these files do not belong together")
+        if model.config.vocab_size < tokenizers.text.vocab_size:              # more rows: a padded embedding
+            raise UserError(f"{folder}/config.json: vocab_size is {model.config.vocab_size}, but tokenizer.model has "
+                            f"{tokenizers.text.vocab_size} pieces: these files do not belong together")
         model.tokenizers = tokenizers
         return model.to(device)
 

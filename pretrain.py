@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import POSITIVE, TOY, Help, bounded, require_path, run
 from common.config import is_llama
 from common.weights import UserError, read_json
-from data import SampleBuilder, make_loader, open_sources
+from data import SampleBuilder, make_loader, make_val_loader, open_sources
 from model import Libra
 from tokenizer import to_picture, to_rgb
 from training import engine, plan
@@ -92,14 +93,19 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     loss(wrapped, batch) -> {name: sum over targets}; counts(batch) -> {name: number of targets, and what flops and the
     log need}. A step's loss is the sum of all losses over the number of all targets, of all passes and processes.
     """
-    sources = open_sources(args.data, args.images)
+    sources, held_out = (open_sources(files, args.images) for files in (args.data, args.val_data))
+    if both := {source.path for source in sources} & {source.path for source in held_out}:
+        raise UserError(f"--val-data {both.pop()} is in --data too: a held-out loss needs other samples")
     frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad} if dist.first else {}
     wrapped = engine.distribute(model, blocks, args, dist)
     optimizer = engine.adamw(model.parameters(), args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dist.print0(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights learn, engine {args.engine}")
     step = partial(update, args, dist, wrapped, optimizer, loss)
-    if run_steps(args, dist, sources, builder, [model], [optimizer], step, counts, flops, save_samples):
+    val_loader = held_out and make_val_loader(held_out, builder, args.micro_batch, dist.rank, dist.size, args.workers,
+                                              dist.device.type == "cuda")
+    validate = partial(held_out_loss, dist, wrapped, val_loader, loss, counts) if held_out else None
+    if run_steps(args, dist, sources, builder, [model], [optimizer], step, counts, flops, save_samples, validate):
         tensors = engine.full_state_dict(model)
         if dist.first:                                    # the others do not wait; frozen weights keep their bits
             model.save_pretrained(args.out, {name: frozen.get(name, tensor.to(dist.dtype))
@@ -124,21 +130,44 @@ def update(args, dist, wrapped, optimizer, loss, step, batches, totals):
     finite = torch.isfinite(norm) and torch.isfinite(sums).all()
     if finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))        # views of DDP's buckets
     if not finite:
         raise FloatingPointError
-    sums = dict(zip(losses, sums.tolist()))
-    means = {name: value / max(1, totals[name]) for name, value in sums.items()}
-    return {"loss": sum(sums.values()) / max(1, n_targets), **means, "norm": float(norm)}
+    return means(dict(zip(losses, sums.tolist())), totals) | {"norm": float(norm)}
 
 
-def run_steps(args, dist, sources, builder, models, optimizers, update, counts, flops=None, save_samples=None):
+def means(sums, totals):
+    """sums of losses, numbers of targets -> the loss (Eq. 6) and its parts"""
+    parts = {name: value / max(1, totals[name]) for name, value in sums.items()}
+    return {"loss": sum(sums.values()) / max(1, sum(totals[name] for name in sums)), **parts}
+
+
+@torch.no_grad()
+def held_out_loss(dist, wrapped, loader, loss, counts):
+    """The loss of all samples of --val-data, on all processes -> numbers for the log"""
+    losses, rows = [], []
+    for batch in loader:
+        batch = batch.to(dist.device)
+        with dist.autocast():
+            parts = loss(wrapped, batch)
+        losses.append(torch.stack(list(parts.values())))
+        rows.append(counts_of(batch, counts))
+    totals = sum_counts(rows, dist)
+    sums = engine.all_reduce_sum(torch.stack(losses).double().sum(0), dist).tolist()
+    numbers = means(dict(zip(parts, sums)), totals) | {"bad": totals["bad"]}
+    return {f"val_{name}": value for name, value in numbers.items()}
+
+
+def run_steps(args, dist, sources, builder, models, optimizers, update, counts, flops=None, save_samples=None,
+              validate=None):
     """The loop of every stage. -> whether it came to its end; False: it was told to stop.
 
     update(step, batches, totals) -> numbers for the log; totals: counts(batch), samples and bad samples, over all
     passes and processes. flops(totals) -> {part: FLOPs of the step}. save_samples(batches, path): a picture to look at.
+    validate() -> numbers for the log, every --val-every steps.
     """
     out, passes = Path(args.out), args.batch // args.micro_batch // dist.size
+    engine.lock(out, dist)
     checkpoints = Checkpoints(out, args, dist)
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
     loader, sampler = make_loader(sources, builder, args.batch, args.micro_batch, args.seed, dist.rank, dist.size,
@@ -150,7 +179,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
         lr = engine.set_learning_rate(optimizers, step, args)
         batches = [batch.to(dist.device) for batch in itertools.islice(loader, passes)]
         wait = time.perf_counter() - began
-        totals = sum_counts(batches, counts, dist)
+        totals = sum_counts([counts_of(batch, counts) for batch in batches], dist)
         try:
             numbers = update(step, batches, totals)
             bad(step + 1, batches, totals["samples"], totals["bad"])
@@ -167,9 +196,11 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             place = sampler.state_after(step + 1 - start)
             save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping or last)
         checkpoints.poll()
-        log(step + 1, numbers | {"lr": lr} | speed(args, dist, totals, time.perf_counter() - began, flops) | {
-            "memory": engine.memory_gb(dist), "wait": wait, "save": save_seconds, "skipped": bad.bad,
-            "causes": dict(bad.causes)})
+        measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
+        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.bad, "causes": bad.causes}
+        if validate and not stopping and (last or engine.is_due(step, args.val_every)):
+            numbers |= validate()
+        log(step + 1, numbers)
         if save_samples and (last or engine.is_due(step, args.sample_every)):
             save_samples(batches, out / "samples" / f"{step + 1:06d}.png")
         if stopping:
@@ -180,20 +211,14 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
     return True
 
 
-def sum_counts(batches, counts, dist):
-    """Samples, bad samples and counts(batch), over all passes and processes"""
-    rows = [{"samples": len(batch.names), "bad": len(batch.listed), **counts(batch)} for batch in batches]
+def counts_of(batch, counts):
+    return {"samples": len(batch.names), "bad": len(batch.listed), **counts(batch)}
+
+
+def sum_counts(rows, dist):
+    """rows: counts_of this process's batches -> their sums over all processes"""
     sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0).to(dist.device)
     return dict(zip(rows[0], engine.all_reduce_sum(sums, dist).long().tolist()))
-
-
-def speed(args, dist, totals, seconds, flops):
-    """Tokens and images a second, and the share of the devices' peak FLOP/s; None where the peak is unknown"""
-    rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
-    if flops:
-        peak = engine.peak_flops(args, dist)
-        rates["peak"] = peak and sum(flops(totals).values()) / seconds / peak / dist.size
-    return rates
 
 
 # ---------------------------------------------------------------- Libra in the loop
@@ -240,7 +265,7 @@ def save_page(dist, model, batches, path, n_rows=6, side=112):
             page.paste(to_picture(picture).resize((side, side)), (x, n * side))
         for y, ids, color in ((4, s.text_ids.cpu(), "black"), (60, guesses, "blue")):
             ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in (text.bos, text.eos)]
-            lines = "\n".join(textwrap.wrap(text.model.decode(ids), 100)[-3:])
+            lines = "\n".join(textwrap.wrap(text.decode(ids), 100)[-3:])
             ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
     path.parent.mkdir(exist_ok=True)
     page.save(path)

@@ -7,12 +7,11 @@ A sequence is two lists: token ids, with IMG for a whole image, and `loss_mask`,
 loss. Both grow piece by piece, so the mask never depends on offsets in a string.
 """
 from itertools import accumulate
-from pathlib import Path
 
 import sentencepiece
 import torch
 
-from common.weights import UserError
+from common.weights import UserError, check_file
 
 IMG = -1                     # stands for one whole image (BOI, codes, EOI) in a list of token ids
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -23,22 +22,17 @@ class Text:
     """The text before an image, after it, and after </s> is encoded each on its own."""
 
     def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file. The folder of a LLaMA or a Libra has its SentencePiece model under "
-                            "this name; a run's checkpoints become such a folder with --resume --export")
+        self.path = check_file(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
         self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
         self.newline, self.blank = self.model.piece_to_id("<0x0A>"), self.model.piece_to_id("▁")
         self.vocab_size = self.model.vocab_size()
-        if min(self.bos, self.eos) < 0 or not self.model.is_byte(self.newline):
-            raise UserError(f"{path}: has no <s>, </s> or byte <0x0A>; expected a LLaMA-style model with byte fallback")
-        if self._encode("\n")[-1:] != [self.newline]:
-            raise UserError(f"{path}: its normaliser drops newlines; train it with normalization_rule_name=identity "
-                            "and remove_extra_whitespaces=False")
+        if min(self.bos, self.eos) < 0 or not (self.model.is_byte(self.newline) and self.newline in self._encode("\n")):
+            raise UserError(f"{path}: expected a LLaMA-style model with <s>, </s>, byte fallback and newlines as they "
+                            "are (normalization_rule_name=identity, remove_extra_whitespaces=False)")
 
     def _encode(self, text):
         """Control tokens written in the text (<s>, </s>) stay text; lone surrogates become '?'."""
@@ -87,9 +81,9 @@ class Text:
         return ids, loss_mask
 
     def decode(self, ids):
-        """Generated ids up to </s>, without the lone '▁' before it"""
+        """Generated ids up to </s>, without the lone '▁' before it. Padding rows of the embedding have no piece."""
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
-        return self.model.decode([i for i in ids if i != self.bos]).strip()
+        return self.model.decode([i for i in ids if i != self.bos and i < self.vocab_size]).strip()
 
 
 def truncate(ids, loss_mask, max_length, image_tokens):

@@ -7,8 +7,10 @@
 Modules have the names of the published weights.
 Letters: B images, K codebooks of N codes, G = grid side, C = width of E_c, R = resolution.
 """
+import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +20,14 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from common import published
-from common.config import check_types
+from common.config import check_divisible, check_fields, make_config
 from common.weights import UserError, assign, read_folder, read_json, save_tensors, shapes_only, write_json
 
 # ---------------------------------------------------------------- pixels
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
-
-
-def clip_mean_std(like):
-    return (like.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
 
 def prepare(image, resolution, square=True):
@@ -51,20 +50,17 @@ def prepare(image, resolution, square=True):
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                 # (3, R, R)
-    mean, std = clip_mean_std(pixels)
-    return (pixels - mean) / std
+    return (pixels - MEAN.to(pixels)) / STD.to(pixels)
 
 
 def to_rgb(pixels):
     """CLIP-normalised pixels (B, 3, R, R) -> [-1, 1], the range of the VQGAN"""
-    mean, std = clip_mean_std(pixels)
-    return 2 * (pixels * std + mean) - 1
+    return 2 * (pixels * STD.to(pixels) + MEAN.to(pixels)) - 1
 
 
 def to_pixels(rgb):
     """The inverse of to_rgb"""
-    mean, std = clip_mean_std(rgb)
-    return ((rgb + 1) / 2 - mean) / std
+    return ((rgb + 1) / 2 - MEAN.to(rgb)) / STD.to(rgb)
 
 
 def to_picture(rgb):
@@ -74,12 +70,28 @@ def to_picture(rgb):
 
 # ---------------------------------------------------------------- CLIP-ViT, the frozen encoder
 
+@dataclass
+class ClipConfig:
+    """Fields of Hugging Face's CLIPVisionConfig, with its defaults, which folders may leave out"""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        check_fields(self)
+        check_divisible(self.hidden_size, self.num_attention_heads, "heads share CLIP's width evenly")
+
+
 class ClipBlock(nn.Module):
-    def __init__(self, width, inner, heads, eps):
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
+        self.heads, width, inner = config.num_attention_heads, config.hidden_size, config.intermediate_size
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, config.layer_norm_eps) for _ in range(2))
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, x):                                                                     # (B, 1 + G*G, width)
@@ -94,20 +106,17 @@ class ClipBlock(nn.Module):
 class ClipViT(nn.Module):
     """Hugging Face's `vision_model.*`. post_layernorm is not used here; the published weights have it."""
 
-    SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-
-    def __init__(self, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, image_size, patch_size,
-                 layer_norm_eps=1e-5):
+    def __init__(self, *sizes, **named_sizes):
+        """The fields of ClipConfig"""
         super().__init__()
-        e = self.embeddings = nn.Module()
-        e.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(hidden_size), std=hidden_size ** -0.5))
-        e.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, bias=False)
-        e.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, hidden_size)
-        self.pre_layrnorm = nn.LayerNorm(hidden_size, layer_norm_eps)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ClipBlock(hidden_size, intermediate_size, num_attention_heads, layer_norm_eps)
-            for _ in range(num_hidden_layers))})
-        self.post_layernorm = nn.LayerNorm(hidden_size, layer_norm_eps)
+        c, e = ClipConfig(*sizes, **named_sizes), nn.Module()
+        self.embeddings, width = e, c.hidden_size
+        e.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width ** -0.5))
+        e.patch_embedding = nn.Conv2d(3, width, c.patch_size, stride=c.patch_size, bias=False)
+        e.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, width)
+        self.pre_layrnorm = nn.LayerNorm(width, c.layer_norm_eps)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ClipBlock(c) for _ in range(c.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(width, c.layer_norm_eps)
 
     def hidden_states(self, pixels, layers=None):
         """-> layers + 1 tensors (B, 1 + G*G, width): 0 = the embedding after pre_layrnorm, i = the output of block i"""
@@ -128,8 +137,6 @@ class LFQ(nn.Module):
     def __init__(self, dim, codebook_size, num_codebooks):
         super().__init__()
         self.num_codebooks, self.bits = num_codebooks, codebook_size.bit_length() - 1
-        if 2 ** self.bits != codebook_size:
-            raise UserError(f"codebook_size is {codebook_size}, expected a power of two: an id is made of bits")
         self.project_in = nn.Linear(dim, self.num_codebooks * self.bits)
         self.project_out = nn.Linear(self.num_codebooks * self.bits, dim)
 
@@ -175,13 +182,9 @@ class VQ(nn.Module):
         return torch.cat([table[ids[..., k]] for k, table in enumerate(self.tables)], dim=-1)
 
 
-QUANTIZERS = {"lfq": LFQ, "vq": VQ}
-
-
 # ---------------------------------------------------------------- VQGAN: taming-transformers' layers and names
 
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -216,10 +219,6 @@ def middle(width, heads):
                                      block_2=ResBlock(width, width)))
 
 
-def upsample(width, size):
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample((size, size)), conv=nn.Conv2d(width, width, 3, padding=1)))
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where attn_resolutions has that resolution"""
 
@@ -228,8 +227,8 @@ class Level(nn.Module):
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
         for i in range(n_blocks):
             self.block.append(ResBlock(c_out if i else c_in, c_out))
-            attention = size in config.attn_resolutions
-            self.attn.append(AttnBlock(c_out, config.num_attn_heads) if attention else nn.Identity())
+            attends = size in config.attn_resolutions
+            self.attn.append(AttnBlock(c_out, config.num_attn_heads) if attends else nn.Identity())
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
@@ -248,7 +247,9 @@ class Decoder(nn.Module):
         for i in reversed(range(len(c.ch_mult))):
             level = Level(width, c.ch * c.ch_mult[i], c.num_res_blocks + 1, size, c)
             width, size = c.ch * c.ch_mult[i], 2 * size
-            level.upsample = upsample(width, c.resolution if i == 1 else size) if i else nn.Identity()
+            side = c.resolution if i == 1 else size
+            level.upsample = nn.Identity() if i == 0 else nn.Sequential(OrderedDict(
+                nearest=nn.Upsample((side, side)), conv=nn.Conv2d(width, width, 3, padding=1)))
             levels.insert(0, level)                                                           # up.0 is the finest
         self.up = nn.ModuleList(levels)
         self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
@@ -307,7 +308,25 @@ class ImageTokenizerConfig:
     encoder: str = "clip"                                 # scratch: the VQGAN's own, trained along, Table 3 (g)
 
     def __post_init__(self):
-        check_config(self)
+        check_fields(self)
+        c, clip = self, make_config(ClipConfig, self.clip, "clip")
+        c.clip = asdict(clip)
+        side, layers = clip.image_size // clip.patch_size, clip.num_hidden_layers
+        for fits, problem in (
+                (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
+                (c.quantizer in ("lfq", "vq"), f"quantizer is {c.quantizer!r}, expected lfq or vq"),
+                ((clip.image_size, side) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do "
+                 f"not fit a CLIP of {clip.image_size} pixels and patches of {clip.patch_size}"),
+                (c.select_layers and max(c.select_layers) <= layers, f"select_layers are {list(c.select_layers)}, but "
+                 f"the states of its CLIP are 0 (the embedding) to {layers}"),
+                (len(c.ch_mult) > 1, f"ch_mult {list(c.ch_mult)} has one level, expected two or more"),
+                (c.quantizer == "vq" or c.codebook_size.bit_count() == 1, f"codebook_size is {c.codebook_size}, "
+                 "expected a power of two: an id is made of bits")):
+            if not fits:
+                raise UserError(problem)
+        check_divisible(c.embed_dim, c.num_codebooks if c.quantizer == "vq" else 1, "each table has its share of it")
+        check_divisible(c.ch, 32, "the norms of the VQGAN have 32 groups")
+        check_divisible(c.ch * math.gcd(*c.ch_mult), c.num_attn_heads, "heads share a level's channels evenly")
 
     @property
     def signal_size(self):                                                                    # C
@@ -315,7 +334,7 @@ class ImageTokenizerConfig:
 
 
 class ImageTokenizer(nn.Module):
-    """Eq. 9, first half: E_c = CLIP(I), ids = LFQ(E_c), and the way back from ids to pixels."""
+    """Eq. 9, first half: E_c = CLIP(I), ids = LFQ(E_c), and the way back from ids to pixels; float32 in all models."""
 
     def __init__(self, config):
         super().__init__()
@@ -323,7 +342,7 @@ class ImageTokenizer(nn.Module):
         self.encoder = Encoder(c) if c.encoder == "scratch" else nn.ModuleDict(
             {"vision_tower": nn.ModuleDict({"vision_model": ClipViT(**c.clip)})})
         self.quant_conv = nn.Conv2d(c.signal_size, c.embed_dim, 1)
-        self.quantize = QUANTIZERS[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
+        self.quantize = {"lfq": LFQ, "vq": VQ}[c.quantizer](c.embed_dim, c.codebook_size, c.num_codebooks)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
         self.decoder = Decoder(c)
 
@@ -332,16 +351,18 @@ class ImageTokenizer(nn.Module):
         return self.encoder.vision_tower.vision_model
 
     def signal(self, pixels):
-        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token"""
-        if self.config.encoder == "scratch":
-            return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
-        states = self.clip.hidden_states(pixels, max(self.config.select_layers))
-        return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
+        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token.
+        Without autocast, as `quantized`: a bit of an id is a sign, and bfloat16 turns about 2 % of the ids over."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            if self.config.encoder == "scratch":
+                return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
+            states = self.clip.hidden_states(pixels, max(self.config.select_layers))
+            return torch.cat([states[i][:, 1:] for i in self.config.select_layers], dim=-1)
 
     def quantized(self, signal):
         """E_c (B, G*G, C) -> what LFQ.forward returns of quant_conv(E_c)"""
-        grid = (self.config.grid, self.config.grid)
-        return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, grid)))
+        with torch.autocast(signal.device.type, enabled=False):
+            return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, (self.config.grid, -1))))
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -354,12 +375,12 @@ class ImageTokenizer(nn.Module):
         """ids (B, G*G, K) -> pixels (B, 3, R, R), about [-1, 1]"""
         assert ids.min() >= 0 and ids.max() < self.config.codebook_size, "BOI and EOI are no codes"
         z = self.quantize.vectors(ids).transpose(1, 2)
-        return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, self.config.grid))))
+        return self.decoder(self.post_quant_conv(z.unflatten(2, (self.config.grid, -1))))
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+    def from_pretrained(cls, folder, device="cpu"):
         """Our folder, a model folder that has one inside, or a published folder as it is"""
-        config, tensors, source = read_image_tokenizer(Path(folder), dtype)
+        config, tensors, source = read_image_tokenizer(Path(folder))
         with shapes_only():
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)
@@ -372,70 +393,42 @@ class ImageTokenizer(nn.Module):
         write_json(folder / "config.json", asdict(self.config))               # last: without it the folder is no model
 
 
-# ---------------------------------------------------------------- files and their mistakes
-
-def read_image_tokenizer(folder, dtype):
+def read_image_tokenizer(folder):
     """-> ImageTokenizerConfig, tensors, the path they came from"""
     if (folder / "image_tokenizer").is_dir():
         folder = folder / "image_tokenizer"
-    if (folder / published.CONFIG).is_file():
+    if (path := folder / published.CONFIG).is_file():
         sizes, checkpoint, clip_folder = published.read_published_config(folder)
-        config = ImageTokenizerConfig(clip=read_clip_sizes(clip_folder), **sizes)
-        tensors = published.read_published_weights(checkpoint, dtype)
+        config = make_config(ImageTokenizerConfig, sizes | {"clip": read_clip_sizes(clip_folder)}, path)
+        tensors = published.read_published_weights(checkpoint)
         if not any(name.startswith(published.CLIP) for name in tensors):
-            tensors |= read_clip_weights(clip_folder, dtype, published.CLIP)
+            tensors |= read_clip_weights(clip_folder, published.CLIP)
         return config, tensors, checkpoint
-    path, known = folder / "config.json", {field.name for field in fields(ImageTokenizerConfig)}
+    path = folder / "config.json"
     values = read_json(path) if path.is_file() else {}
-    if "clip" not in values:
-        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer or {published.CONFIG} in it. A LLaMA "
-                        "has none: pretrain.py gives it one (--llm, --image-tokenizer)")
-    if different := known ^ values.keys():
-        raise UserError(f"{path}: missing or unknown fields: {sorted(different)}")
-    return ImageTokenizerConfig(**values), read_folder(folder, dtype), folder
+    if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
+        raise UserError(f"{folder}: no image tokenizer; expected image_tokenizer, {published.CONFIG}, or config.json "
+                        f"with {min(missing)} in it. A LLaMA gets one from pretrain.py --image-tokenizer")
+    return make_config(ImageTokenizerConfig, values, path), read_folder(folder, torch.float32), folder
 
 
 def read_clip_sizes(folder):
     """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
-    path, expected = Path(folder) / "config.json", "expected a CLIP folder such as clip-vit-large-patch14-336"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json in it; {expected}")
-    config = read_json(path)
-    config = config.get("vision_config", config)
-    if missing := [name for name in ClipViT.SIZES if name not in config]:
-        raise UserError(f"{path}: no {', '.join(missing)}; {expected}")
-    if (act := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
-        raise UserError(f"{path}: hidden_act is {act!r}, only quick_gelu (OpenAI's CLIP) is supported")
-    return {name: config[name] for name in ClipViT.SIZES} | {"layer_norm_eps": config.get("layer_norm_eps", 1e-5)}
+    path = Path(folder) / "config.json"
+    top = read_json(path)
+    kind, values = top.get("model_type") or "clip", top.get("vision_config") or top
+    if not isinstance(values, dict) or kind not in ("clip", "clip_vision_model") or (
+            values.get("hidden_act", "quick_gelu") != "quick_gelu" or values.get("num_channels", 3) != 3):
+        raise UserError(f"{path}: model_type is {kind!r}; expected a CLIP folder such as clip-vit-large-patch14-336, "
+                        "with hidden_act quick_gelu and three channels")
+    sizes = {field.name: values[field.name] for field in fields(ClipConfig) if values.get(field.name) is not None}
+    return asdict(make_config(ClipConfig, sizes, path))
 
 
-def read_clip_weights(folder, dtype=None, prefix=""):
+def read_clip_weights(folder, prefix=""):
     """The vision tower of an HF CLIP folder -> {prefix + name: tensor}"""
     def keep(name):
         name = name.removeprefix("vision_model.")         # newer versions of Hugging Face save it without this
         in_tower = name.startswith(("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."))
         return prefix + name if in_tower and "position_ids" not in name else None
-    return read_folder(folder, dtype, keep)
-
-
-def check_config(c):
-    check_types(c, "image tokenizer", at_least={"num_res_blocks": 0, "codebook_size": 2})
-    if different := set(c.clip) ^ {*ClipViT.SIZES, "layer_norm_eps"}:
-        raise UserError(f"image tokenizer: missing or unknown sizes of its CLIP: {sorted(different)}")
-    if len(c.ch_mult) < 2:
-        raise UserError(f"image tokenizer: ch_mult {list(c.ch_mult)} has one level, expected two or more")
-    size, patch, n_layers = c.clip["image_size"], c.clip["patch_size"], c.clip["num_hidden_layers"]
-    width, clip_heads = c.clip["hidden_size"], c.clip["num_attention_heads"]
-    for fits, problem in (
-            ((size, size // patch) == (c.resolution, c.grid), f"resolution {c.resolution} and grid {c.grid} do not fit "
-             f"its CLIP of {size} pixels and patches of {patch}"),
-            (c.select_layers and all(0 <= i <= n_layers for i in c.select_layers), f"select_layers are "
-             f"{list(c.select_layers)}, but the states of its CLIP are 0 (the embedding) to {n_layers}"),
-            (c.quantizer in QUANTIZERS, f"quantizer is {c.quantizer!r}, expected one of {list(QUANTIZERS)}"),
-            (c.encoder in ("clip", "scratch"), f"encoder is {c.encoder!r}, expected clip or scratch"),
-            (c.quantizer != "vq" or c.embed_dim % c.num_codebooks == 0, "embed_dim does not divide by num_codebooks"),
-            (width % clip_heads == 0, f"its CLIP's width, {width}, does not divide by its heads, {clip_heads}"),
-            (c.ch % 32 == 0, f"ch, {c.ch}, does not divide by 32, the groups of the norms"),
-            (c.ch * c.ch_mult[-1] % c.num_attn_heads == 0, "ch * ch_mult[-1] does not divide by num_attn_heads")):
-        if not fits:
-            raise UserError(f"image tokenizer: {problem}")
+    return read_folder(folder, torch.float32, keep)

@@ -264,7 +264,7 @@ def main():
     dist, folder = engine.setup(args), require_path(args.clip_folder)
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))
     if args.encoder == "clip":
-        assign(tokenizer.clip, read_clip_weights(folder, torch.float32), folder)
+        assign(tokenizer.clip, read_clip_weights(folder), folder)
         tokenizer.clip.requires_grad_(False)
     args.frozen = fingerprint(tokenizer)
     tokenizer.to(dist.device)

@@ -1,8 +1,13 @@
 """What all command lines share: the form of --help, types of options, one sentence for a user's mistake."""
 import argparse
+import ctypes
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +17,7 @@ from common.weights import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOY = Path("runs/toy")                                    # where `make demo` works; default paths point there
+PEERS = []                                                # the run's other processes on this machine
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,13 +33,14 @@ def bounded(kind, least=-math.inf, most=math.inf, above=-math.inf, below=math.in
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
         if not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "at most": most, "above": above, "below": below}
-            bounds = [f"{name} {bound:g}" for name, bound in bounds.items() if math.isfinite(bound)]
+            bounds = [f"{name} {bound:.10g}" for name, bound in bounds.items() if math.isfinite(bound)]
             raise argparse.ArgumentTypeError(f"{text}: expected {' and '.join(bounds) or 'a finite number'}")
         return value
     return parse
 
 
-NATURAL, POSITIVE, SEED = bounded(int, 0), bounded(int, 1), bounded(int, 0, 2 ** 62)
+# The upper bounds keep mistyped numbers from overflows; numpy takes no larger seed.
+NATURAL, POSITIVE, SEED = bounded(int, 0, 10 ** 9), bounded(int, 1, 10 ** 9), bounded(int, 0, 2 ** 32 - 1)
 
 
 def writable_file(text):
@@ -45,7 +52,8 @@ def writable_file(text):
 
 def require_path(path):
     if not Path(path).exists():
-        raise UserError(f"{path} is not there. `make demo` makes the toy world's files; for other files see --help")
+        hint = "`make demo` makes it" if TOY in Path(path).parents else "check the name; --help says what is expected"
+        raise UserError(f"{path} is not there: {hint}")
     return path
 
 
@@ -64,18 +72,52 @@ def check_device(device):
     return device
 
 
+def signal_at_parents_death(number):
+    """Linux sends this process a signal when its parent dies, however that happens."""
+    ctypes.CDLL(None).prctl(1, number)                    # 1: PR_SET_PDEATHSIG
+
+
 def run(main):
-    """Call a script's main; a user's mistake ends it with one sentence instead of a traceback."""
+    """Call a script's main. An error ends it with one sentence; --debug, an option of all scripts, adds the traceback.
+    Exit codes: 2 the user's mistake or the system's (a full disk), 1 any other, 130 Ctrl-C, 141 nobody reads on."""
+    debug, sys.argv = "--debug" in sys.argv, [word for word in sys.argv if word != "--debug"]
+    if not debug:
+        sys.unraisablehook = lambda _: None               # what Python ignores anyway, but shows with a traceback
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except BrokenPipeError:                               # the reader of `... | head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:                              # a full disk, a file where a folder should be, no permission
-        sys.exit(f"error: {error.filename or 'the system says'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    if dist.is_initialized():                             # not after an error: it would wait for the other processes
-        dist.destroy_process_group()
+        if dist.is_initialized():                         # not after an error: it would wait for the other processes
+            dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, BrokenPipeError):            # the reader of `... | head` has closed the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sentence, code = explain(error)
+        print(sentence, end="\n" * bool(sentence), file=sys.stderr, flush=True)
+        if not (multiprocessing.active_children() or dist.is_initialized()):
+            sys.exit(code)
+        sys.stdout.flush()                                # Python's own exit would wait for those that may hang
+        for process in PEERS:
+            with suppress(OSError):                       # it is gone already
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1] == str(os.getppid()):
+                    os.kill(process, signal.SIGKILL)
+        os._exit(code)
+
+
+def explain(error):
+    """-> one sentence, the exit code"""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, BrokenPipeError):
+        return "", 141
+    if isinstance(error, (ConnectionError, EOFError)):
+        return f"error: a data reader, or another process of the run, has died ({type(error).__name__})", 1
+    if isinstance(error, OSError):                        # a full disk, a file where a folder should be, no permission
+        return f"error: {error.filename or 'the system says'}: {error.strerror or error}", 2
+    lines, whose = str(error).strip().splitlines() or ["no reason given"], "our own fault"
+    reason = lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+    if isinstance(error, (RuntimeError, MemoryError)) or "os error" in reason:
+        whose = "the machine's, another process's or our own fault"
+    return f"error: {reason} ({whose}; --debug shows where)", 1

@@ -1,58 +1,62 @@
-"""Reading and checking config.json. Its fields are declared by LlamaConfig (llama.py) and LibraConfig (model.py).
-
-A field whose value this code does not compute (rope scaling, biases, a sliding window, ...) is refused by name.
+"""Reading and checking config.json. Fields are declared by the dataclasses LlamaConfig, LibraConfig and those of
+tokenizer.py. A field whose value changes what is computed (rope scaling, biases, a sliding window) is refused by name.
 """
-import math
+import reprlib
 from dataclasses import fields
 
-from common.weights import UserError, read_json
+from common.weights import UserError, first_few, read_json
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings", "rms_norm_eps")
-REQUIRED_VISION = ("vision_vocab_size", "vision_codebook_num", "image_feature_resolution", "contiguous_signal_size",
-                   "newline_token_id", "vision_down_ratio", "bridge_rank")
-ALLOWED = {   # fields that are no sizes: the values under which the model is the one computed here
-    "model_type": ("llama", "libra", "mistral"), "hidden_act": ("silu",), "attention_bias": (False,),
-    "mlp_bias": (False,), "rope_scaling": (None, {"rope_type": "default"}), "sliding_window": (None,),
-    "partial_rotary_factor": (1.0,), "quantization_config": (None,), "unified_head": (False,), "use_2d_rope": (False,),
-    "addition_mode": (False,), "use_vision_position_embedding": (False,), "concat_signals": (True,),
-    "norm_signals": (True,), "vision_prediction_mode": ("1d",)}
-ALLOWED |= dict.fromkeys(("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "vision_embd_pdrop",
-                          "vision_resid_pdrop"), (0.0,))
-IGNORED = ("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id", "eos_token_id",
-           "pad_token_id", "initializer_range", "_name_or_path", "pretraining_tp", "auto_map", "max_length",
-           "temperature", "top_p", "do_sample")
+REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps"}
+REQUIRED_VISION = {"vision_vocab_size", "vision_codebook_num", "image_feature_resolution", "contiguous_signal_size",
+                   "newline_token_id", "vision_down_ratio", "bridge_rank"}
+ALLOWED = {   # the values under which a model is the one computed here
+    "model_type": ("llama", "libra", "mistral"), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,),
+    "concat_signals": (True,), "norm_signals": (True,), "vision_prediction_mode": ("1d",)}
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# Fields of no effect here: of files, training, generate() and other programs; also all of the form _* and *_token_id.
+IGNORED = """architectures torch_dtype dtype transformers_version auto_map tokenizer_class transformers.js_config
+    is_llama_config unsloth_version unsloth_fixed model_name id2label label2id initializer_range pretraining_tp
+    use_cache is_decoder return_dict use_return_dict output_attentions output_hidden_states attn_implementation
+    max_window_layers gradient_checkpointing use_flash_attention max_sequence_length max_length min_length do_sample
+    num_beams top_k top_p num_beam_groups temperature typical_p repetition_penalty length_penalty
+    num_return_sequences"""
+# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook.
+LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_res_blocks": 0, "select_layers": 0,
+         "codebook_size": 2, "vision_vocab_size": 3}
+MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num": 1000, "num_res_blocks": 100,
+        "ch_mult": 1000, "vocab_size": 2 ** 24, "max_position_embeddings": 2 ** 24, "codebook_size": 2 ** 20,
+        "vision_vocab_size": 2 ** 21, "image_token_index": 2 ** 24}
 
 
 def read_config(cls, path, sizes, changes):
     """config.json -> cls(**fields). sizes: fields that the file may lack; changes: fields that override the file's."""
-    values = {name: value for name, value in read_json(path).items() if value is not None and name not in IGNORED}
-    rope = values.pop("rope_parameters", {})              # where newer versions of Hugging Face keep rope_theta
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is {rope!r}, expected fields in braces")
-    if rope.get("rope_type", "default") != "default":
-        values["rope_scaling"] = rope
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
-    image_tokens = values.pop("max_vision_token_length", None)
-    for name, allowed in ALLOWED.items():
-        if (value := values.pop(name, allowed[0])) not in allowed:
-            raise UserError(f"{path}: {name} is {value!r}; this model computes only {allowed[0]!r}")
-    known = {field.name for field in fields(cls)}
-    if unknown := [f"{name} = {values[name]!r}" for name in values if name not in known]:
-        raise UserError(f"{path}: unknown fields: {', '.join(unknown)}. If they do not change what the model computes, "
-                        "take them out of the file")
-    required = REQUIRED if is_llama(path) else REQUIRED + REQUIRED_VISION
-    if missing := [name for name in required if name not in values]:
-        raise UserError(f"{path}: it lacks {', '.join(missing)}")
-    try:
-        config = cls(**(sizes | values | changes))
-    except UserError as error:
-        raise UserError(f"{error} ({path})") from None
-    if image_tokens is not None and image_tokens != config.image_tokens:
-        raise UserError(f"{path}: max_vision_token_length is {image_tokens}, expected {config.image_tokens} "
+    values = {name: value for name, value in read_json(path).items() if value is not None}
+    known, image_tokens = {field.name for field in fields(cls)}, values.pop("max_vision_token_length", None)
+    for name in [name for name in values if name not in known]:
+        if not has_no_effect(name, value := values.pop(name)):
+            raise UserError(f"{path}: {name} is {reprlib.repr(value)}, which this model does not compute")
+        if isinstance(value, dict) and "rope_theta" in value:    # rope_parameters of newer versions of Hugging Face
+            values["rope_theta"] = value["rope_theta"]
+    if missing := (REQUIRED if is_llama(path) else REQUIRED | REQUIRED_VISION) - values.keys():
+        raise UserError(f"{path}: it lacks {', '.join(sorted(missing))}")
+    config = make_config(cls, sizes | values | changes, path)
+    if image_tokens not in (None, expected := getattr(config, "image_tokens", None)):
+        raise UserError(f"{path}: max_vision_token_length is {image_tokens!r:.99}, expected {expected} "
                         "(image_feature_resolution squared, BOI and EOI)")
     return config
+
+
+def has_no_effect(name, value):
+    """Is a model with this field, which is none of ours, the one computed here?"""
+    if name in ALLOWED:
+        return value in ALLOWED[name]
+    if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+        typed = "rope_type" in value or "type" in value or value.keys() <= {"rope_theta", "partial_rotary_factor"}
+        return typed and all(value.get(key, plain) == plain for key, plain in PLAIN_ROPE.items())
+    if name == "layer_types" and isinstance(value, list):
+        return all(kind == "full_attention" for kind in value)
+    return not value or name in IGNORED.split() or name.startswith("_") or name.endswith("_token_id")
 
 
 def is_llama(path):
@@ -60,21 +64,32 @@ def is_llama(path):
     return "vision_vocab_size" not in read_json(path)
 
 
+def make_config(cls, values, source):
+    """cls(**values), where all fields must be known; errors begin with `source`"""
+    if unknown := values.keys() - {field.name for field in fields(cls)}:
+        raise UserError(f"{source}: unknown fields: {first_few(unknown)}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
 def check_divisible(value, divisor, reason):
     if value % divisor:
-        raise UserError(f"config: {value} does not divide by {divisor}: {reason}")
+        raise UserError(f"{value} does not divide by {divisor}: {reason}")
 
 
-def check_types(config, name, at_least=None):
-    """Fields of a dataclass have their declared types; ints are at least 1 (or `at_least`), floats above 0."""
-    types = {"dict": dict, "tuple": (list, tuple), "bool": bool, "int": int, "float": (int, float), "str": str}
+def check_fields(config):
+    """Fields of a dataclass have their declared types (a tuple holds whole numbers) and lie within their bounds."""
     for field in fields(config):
-        value, declared = getattr(config, field.name), field.type.__name__
-        if not isinstance(value, types[declared]) or isinstance(value, bool) and declared != "bool":
-            expected = "a number" if declared == "float" else declared
-            raise UserError(f"{name}: {field.name} is {value!r}, expected {expected}")
-        low = (at_least or {}).get(field.name, 1 if declared == "int" else None)
-        if low is not None and value < low:
-            raise UserError(f"{name}: {field.name} is {value!r}, expected {low} or more")
-        if declared == "float" and not 0 < value < math.inf:
-            raise UserError(f"{name}: {field.name} is {value!r}, expected a finite number above 0")
+        value, kind, name = getattr(config, field.name), field.type, field.name
+        least, most, is_list = LEAST.get(name, 1), MOST.get(name, 2 ** 17), isinstance(value, (list, tuple))
+        fits, expected = isinstance(value, kind), kind.__name__
+        if kind is float:
+            fits, expected = type(value) in (int, float) and 0 < value < 1e30, "a finite number above 0"
+        elif kind in (int, tuple):
+            numbers, expected = value if is_list else [value], f"{kind.__name__} from {least} to {most}"
+            fits = is_list == (kind is tuple) and len(numbers) <= 64 and all(
+                type(n) is int and least <= n <= most for n in numbers)
+        if not fits:
+            raise UserError(f"{name} is {reprlib.repr(value)}, expected {expected}")

@@ -12,18 +12,25 @@ from common.weights import UserError, error_text
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
 
 
+Image.init()
+FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+           if name in Image.OPEN]                         # others may start programs: PostScript does
+WHITE = {"I": 65535, "F": 1.0}                            # of 16-bit integers, which some files hold in 32, and floats
+
+
 def open_image(source):
     """A file or a PIL image -> RGB PIL image: EXIF rotation is applied, transparent parts become white, 16 bits become
-    8. UserError where the file is missing, no picture, cut off or a decompression bomb."""
+    8. UserError where the file is missing, no picture, cut off or has more pixels than Pillow's MAX_IMAGE_PIXELS."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, at most {Image.MAX_IMAGE_PIXELS:,} are read")
         image.load()
         with suppress(*DAMAGED):                          # damaged EXIF data does not cost the picture
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):             # 16-bit integers or floats: convert() would clip them
-            grey = np.asarray(image, dtype=np.float32)
-            white = 65535 if grey.max() > 255 else 1 if image.mode == "F" and grey.max() < 2 else 255
-            image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))
+        if image.mode[0] in WHITE:                        # convert() would clip them
+            grey = np.asarray(image, dtype=np.float32) * (255 / WHITE[image.mode[0]])
+            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

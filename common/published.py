@@ -1,45 +1,49 @@
 """The image tokenizer as its authors published it: vision_tokenizer_config.yaml, vqgan.ckpt and a CLIP folder."""
 from pathlib import Path
 
+import torch
 import yaml
 
-from common.weights import UserError, read_tensors, read_text, select
+from common.weights import UserError, first_few, inside, read_tensors, read_text, select
 
 CONFIG = "vision_tokenizer_config.yaml"
 CLIP = "encoder.vision_tower.vision_model."               # prefix of the CLIP's tensors
 
-SAME = ("embed_dim", "codebook_size", "z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")
-NAMES = {name: name for name in SAME} | {                 # in the YAML file -> in ImageTokenizerConfig
-    "num_codebook": "num_codebooks", "select_layer": "select_layers", "initial_resolution": "grid",
-    "num_attn_head": "num_attn_heads"}
 FIXED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
-IGNORED = {"freeze", "max_vision_token_length"}
+OPTIONAL = {"freeze", "max_vision_token_length", "ckpt_path", "encoder_name", *FIXED}
+RENAMED = {"num_codebook": "num_codebooks", "select_layer": "select_layers", "initial_resolution": "grid",
+           "num_attn_head": "num_attn_heads"}             # in ImageTokenizerConfig
+LEVELS = [set(keys.split()) for keys in (                 # of the file, each inside the one before
+    "freeze max_vision_token_length params", "embed_dim ckpt_path codebook_size num_codebook ddconfig",
+    "encoder_name select_layer z_channels resolution ch ch_mult num_res_blocks attn_resolutions initial_resolution "
+    "num_attn_head double_z in_channels out_ch dropout")]
 
 
 def read_published_config(folder):
     """-> {field of ImageTokenizerConfig: value} without `clip`; path of the checkpoint; path of the CLIP folder"""
     path = Path(folder) / CONFIG
     try:
-        top = yaml.safe_load(read_text(path))
-        params = top.pop("params")
-        ddconfig = params.pop("ddconfig")
-        values = top | params | ddconfig
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        error = " ".join(str(error).split())
+        if len(text := read_text(path)) > 20_000:         # PyYAML would read it for minutes
+            raise ValueError("more than 20,000 characters")
+        top = yaml.safe_load(text)
+        levels = [top, top["params"], top["params"]["ddconfig"]]
+        values = levels[1] | levels[2]
+        wrong = [key for keys, level in zip(LEVELS, levels) for key in keys ^ level.keys()
+                 if key not in keys & OPTIONAL]
+        wrong += [key for key, value in FIXED.items() if values.get(key, value) != value]
+        checkpoint = inside(path.parent, values.get("ckpt_path") or "vqgan.ckpt")
+        clip_folder = inside(path.parent, values.get("encoder_name") or ".")
+        if wrong:
+            raise ValueError(f"keys that are unknown, missing, misplaced or of another value: {first_few(wrong)}")
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        error = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: expected YAML with params and, in it, ddconfig ({error})") from None
-    checkpoint = path.parent / str(values.pop("ckpt_path", None) or "vqgan.ckpt")
-    clip_folder = path.parent / str(values.pop("encoder_name", None) or "")
-    for key, value in FIXED.items():
-        if values.pop(key, value) != value:
-            raise UserError(f"{path}: {key} must be {value}")
-    unknown, missing = values.keys() - NAMES.keys() - IGNORED, NAMES.keys() - values.keys()
-    if unknown or missing:
-        raise UserError(f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
-    return {NAMES[key]: values[key] for key in NAMES}, checkpoint, clip_folder
+    return ({RENAMED.get(key, key): values[key] for key in values.keys() - OPTIONAL - {"ddconfig"}},
+            checkpoint, clip_folder)
 
 
-def read_published_weights(checkpoint, dtype=None):
+def read_published_weights(checkpoint):
     """vqgan.ckpt -> {name: tensor} without buffers and without what only its training needed"""
     used = ("decoder.", "quantize.project_", "quant_conv.", "post_quant_conv.", CLIP)
-    return select(read_tensors(checkpoint), dtype,
+    return select(read_tensors(checkpoint), torch.float32,
                   lambda name: name if name.startswith(used) and "position_ids" not in name else None)

@@ -6,14 +6,16 @@ tensors to the module. Nothing is copied: a folder of 22 GB loads in seconds, it
 import json
 import os
 import pickle
+import stat
 import zipfile
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
 
 
 class UserError(Exception):
@@ -27,15 +29,26 @@ def error_text(error):
 
 def first_few(names, most=4):
     """'a, b, c, d and 12 more'"""
-    names = sorted(names)
+    names = sorted(str(name)[:200] for name in names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_file(path):
+    """-> Path. UserError unless it is a file that may be read; opening a FIFO would wait for ever."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is a folder or a device, expected a file")
+        open(path, "rb").close()
+    except (OSError, ValueError) as error:                # ValueError also for a NUL in the name
+        raise UserError(f"{path}: {str(error_text(error)).lower()}") from None
+    return Path(path)
 
 
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error_text(error)})") from None
+        return check_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
 
 
 def parse_json(text):
@@ -58,7 +71,8 @@ def read_json(path, kind=dict):
 
 def inside(folder, name):
     """-> folder / name. UserError if the name's text leads out of the folder; where links lead does not matter."""
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+    name = os.path.normpath(name)
+    if os.path.isabs(name) or name.split(os.sep)[0] == "..":
         raise UserError(f"{name} leads out of the folder {folder}; expected a path inside it")
     return Path(folder) / name
 
@@ -106,80 +120,67 @@ def weight_files(folder):
             return [file]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-            missing = [shard for shard in shards if not file.with_name(shard).is_file()]
-            if missing or not shards:
-                raise UserError(f"{index}: names {len(shards)} shards, missing in the folder: "
-                                f"{first_few(missing) or 'all'}. Fetch it again")
-            return [file.with_name(shard) for shard in shards]
+            shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            if not shards or not all(isinstance(shard, str) for shard in shards):
+                raise UserError(f"{index}: expected in it weight_map, the file name of each tensor")
+            return [inside(folder, shard) for shard in sorted(set(shards))]
     raise UserError(f"{folder}: no weights; expected one of {', '.join(names)}, or the index.json of its shards")
 
 
 def read_tensors(path):
     """-> {name: tensor} of one file, memory-mapped. Pickles are read with weights_only, so they can run no code."""
+    path = check_file(path)
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return load_file(path)
         mmap = zipfile.is_zipfile(path)                   # files from before torch 1.6 cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        tensors = dict(tensors.get("state_dict", tensors))
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: no torch file, or it holds more than tensors and could run code") from None
     except Exception as error:  # noqa: BLE001            # a cut pickle can fail in any way
         raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {str(error)[:80]}). "
                         "Is the download complete? Compare its size with the source") from None
-    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: expected named tensors in it")
-    return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    tensors, size = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}, path.stat().st_size
+    for name, x in tensors.items():                       # a pickle can also repeat one number without end
+        dense = x.layout == torch.strided and x.device.type == "cpu" and not (x.is_quantized or x.is_nested)
+        if not (isinstance(name, str) and dense and x.nbytes <= size):
+            raise UserError(f"{path}: {name!r:.99} is sparse, quantized, without content or has no name")
+    return tensors
 
 
 def read_folder(folder, dtype=None, keep=lambda name: name):
     """-> {name: tensor}, renamed and cast shard by shard (see select), so that only one shard is in memory twice"""
-    tensors = {}
-    for file in weight_files(folder):
-        tensors.update(select(read_tensors(file), dtype, keep))
-    return tensors
+    return {name: x for file in weight_files(folder) for name, x in select(read_tensors(file), dtype, keep).items()}
 
 
 def select(tensors, dtype=None, keep=lambda name: name):
-    """Empties `tensors` into a new dictionary: keep(name) is the new name, None drops it. Floats are cast to dtype."""
-    selected = {}
-    for name in list(tensors):
-        tensor, new_name = tensors.pop(name), keep(name)
-        if new_name is not None:
-            selected[new_name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-    return selected
-
-
-class SkipInit(TorchFunctionMode):
-    """On the meta device normal_ would import torch's whole compiler, for seconds, to draw nothing."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+    """-> {keep(name): tensor}, without those that keep names None. Floats are cast to dtype."""
+    renamed = {keep(name): x for name, x in tensors.items()}
+    return {name: x.to(dtype) if dtype and x.is_floating_point() else x for name, x in renamed.items()
+            if name is not None}
 
 
 @contextmanager
 def shapes_only():
-    """Modules built in here have names and shapes, but no memory (torch's meta device)."""
-    with torch.device("meta"), SkipInit():
+    """Modules built in here have names and shapes, but no memory (torch's meta device). normal_ would import torch's
+    whole compiler there, for seconds, to draw nothing."""
+    with torch.device("meta"), patch("torch.nn.init.normal_", lambda tensor, *_, **__: tensor):
         yield
 
 
 def assign(module, tensors, source, may_lack=()):
-    """Give tensors to a module built on the meta device, without a copy. All names and shapes must agree, but the names
-    in `may_lack` may be missing, all or none. Returns the missing names."""
+    """Give tensors to a module built on the meta device, without a copy; mixed types become the widest of them. All
+    names and shapes must agree, but those in `may_lack` may be missing, all or none. Returns the missing names."""
     expected, floats = module.state_dict(), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    dtypes = [f"{name} is {tensors[name].dtype}" for name in expected.keys() - missing
-              if tensors[name].dtype not in floats]
-    shapes = [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-              for name in expected.keys() - missing if tensors[name].shape != expected[name].shape]
+    found = {name: x for name, x in tensors.items() if name in expected}
+    wrong = [f"{name} is {x.dtype} {tuple(x.shape)}, expected floats {tuple(expected[name].shape)}"
+             for name, x in found.items() if x.dtype not in floats or x.shape != expected[name].shape]
     for names, problem in ((missing if missing != set(may_lack) else (), "are missing"), (unknown, "are unknown"),
-                           (dtypes, "are of a type this model does not compute with"),
-                           (shapes, "have another shape than config.json says")):
+                           (wrong, "have another type or shape than config.json says")):
         if names:
             raise UserError(f"{source}: {len(names)} tensors {problem}: {first_few(names)}")
-    module.load_state_dict(tensors, strict=not missing, assign=True)
+    widest = reduce(torch.promote_types, {x.dtype for x in found.values()})
+    module.load_state_dict(select(found, widest), strict=not missing, assign=True)
     return missing

@@ -1,6 +1,11 @@
 """What many tests start from: a small toy world and the folders of its stages, made once for each process of tests."""
+import os
+
 import pytest
 from scripts import TOKENIZER, run
+
+if not os.environ.get("LIBRA_GPU"):                       # `make test-gpu` sets it; all other tests are for a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +18,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(toy):
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
-        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9")
+        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --ema 0.9")
     return toy / "tokenizer"
 
 
@@ -21,7 +26,8 @@ def tokenizer(toy):
 def pretrain(toy, tokenizer):
     """-> the options of a small pretraining run"""
     return ["--llm", toy / "llama", "--image-tokenizer", tokenizer, "--data", toy / "captions/*.tar", "--images",
-            toy / "chats/images", "--steps 7 --save-every 3 --warmup 2 --batch 6 --lr 1e-3 --text-to-image 0.4"]
+            toy / "chats/images", "--steps 7 --save-every 3 --keep 3 --warmup 2 --batch 6 --lr 1e-3",
+            "--text-to-image 0.4"]
 
 
 @pytest.fixture(scope="session")

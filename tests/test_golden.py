@@ -3,7 +3,8 @@
     python tests/test_golden.py FOLDER...        # a folder of cases, or of folders of cases
 
 prints the largest absolute difference per case and output, and exits non-zero above 1e-4 (gradients: largest difference
-over largest magnitude, 1e-3). Under pytest the folder comes from the environment variable LIBRA_GOLDEN.
+over largest magnitude, 1e-3). Under pytest the folders come from the environment variables LIBRA_GOLDEN and
+LIBRA_GOLDEN_HAPLOVL.
 """
 import json
 import math
@@ -11,6 +12,8 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ from generate import generate
 from model import Libra, LibraConfig
 from streams import Streams
 from text import IMG, Text
-from tokenizer import LFQ, ClipViT, Decoder, ImageTokenizer, ImageTokenizerConfig, to_rgb
+from tokenizer import LFQ, ClipConfig, ClipViT, Decoder, ImageTokenizer, ImageTokenizerConfig, to_rgb
 from train_tokenizer import Discriminator, adaptive_weight, discriminator_loss, lfq_loss
 
 ABSOLUTE, GRADIENT = 1e-4, 1e-3
@@ -249,7 +252,7 @@ def case_discriminator(folder, report):
 
 def case_vqmodel(folder, report):
     c, io = json.loads((folder / "config.json").read_text()), tensors(folder / "io.safetensors")
-    clip = {name: c["clip"][name] for name in ClipViT.SIZES} | {"layer_norm_eps": c["clip"]["layer_norm_eps"]}
+    clip = {field.name: c["clip"][field.name] for field in fields(ClipConfig)}
     config = ImageTokenizerConfig(clip=clip, select_layers=c["ddconfig"]["select_layer"], embed_dim=c["embed_dim"],
                                   codebook_size=c["codebook_size"], num_codebooks=c["num_codebook"],
                                   num_attn_heads=c["ddconfig"]["num_attn_head"], **decoder_arguments(c["ddconfig"]))
@@ -301,7 +304,7 @@ def case_vqmodel(folder, report):
 @torch.no_grad()
 def case_clip(folder, report):
     c, io = json.loads((folder / "config.json").read_text()), tensors(folder / "io.safetensors")
-    clip = ClipViT(**{name: c[name] for name in ClipViT.SIZES}, layer_norm_eps=c["layer_norm_eps"])
+    clip = ClipViT(**{field.name: c[field.name] for field in fields(ClipConfig)})
     weights = tensors(folder / "model.safetensors")
     clip.load_state_dict({k.removeprefix("vision_model."): v for k, v in weights.items() if "position_ids" not in k})
     for i, (ours, theirs) in enumerate(zip(clip.hidden_states(io["pixel_values"]), io["hidden_states"], strict=True)):
@@ -361,6 +364,9 @@ def kind_of(folder):
     if "io.safetensors" not in files:
         return None
     config = json.loads((folder / "config.json").read_text()) if "config.json" in files else {}
+    if "pre_config" in config:
+        from golden_haplovl import case_haplovl
+        return partial(case_haplovl, tensors=tensors, compare_gradients=compare_gradients)
     for key, case in (("vision_codebook_num", case_llm), ("ddconfig", case_vqmodel), ("patch_size", case_clip),
                       ("ch_mult", case_decoder), ("ndf", case_discriminator), ("codebook_size", case_lfq)):
         if key in config:
@@ -374,7 +380,8 @@ def folders(paths):
         yield from (folder for folder in inner if kind_of(folder))
 
 
-GOLDEN = list(folders([os.environ["LIBRA_GOLDEN"]])) if os.environ.get("LIBRA_GOLDEN") else []
+VARIABLES = ("LIBRA_GOLDEN", "LIBRA_GOLDEN_HAPLOVL")
+GOLDEN = list(folders([os.environ[name] for name in VARIABLES if os.environ.get(name)]))
 
 
 @pytest.mark.skipif(not GOLDEN, reason="no golden folder: name one with LIBRA_GOLDEN=FOLDER")

@@ -2,6 +2,7 @@
 import argparse
 import io
 import json
+import os
 import sys
 import tarfile
 
@@ -29,7 +30,7 @@ def message_of(main, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         command.run(main)
-    assert end.value.code
+    assert end.value.code == 2
     return capsys.readouterr().err + str(end.value.code)
 
 
@@ -40,15 +41,21 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--text-to-image 2", "expected at least 0 and at most 1"),
     (stage1.main, "--betas 0.9 1", "--betas: 1: expected at least 0 and below 1"),
     (stage1.main, "--steps many", "'many' is no whole number"),
+    (stage1.main, "--batch 1000000000000", "--batch: 1000000000000: expected at least 1 and at most 1000000"),
+    (stage1.main, "--steps 1000000000000", "expected at least 1 and at most 1000000000"),
+    (stage1.main, "--seed 4294967296", "expected at least 0 and at most 4294967295"),
+    (stage1.main, "--timeout 1e300", "--timeout: 1e300: expected at most 1000000 and above 0"),
+    (stage1.main, "", "runs/toy/llama is not there: `make demo` makes it"),
+    (stage1.main, "--llm nowhere", "nowhere is not there: check the name"),
     (stage1.main, "--lr nan", "--lr: nan: expected at least 0"),
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
     (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
     (train_tokenizer.main, "--codebook-size 1", "--codebook-size: 1: expected at least 2 and at most 262144"),
     (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
-    (train_tokenizer.main, "--plan --ch 33", "ch, 33, does not divide by 32"),
+    (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),
     (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),
-    (train_tokenizer.main, "--clip tests", "tests: no config.json in it; expected a CLIP folder"),
+    (train_tokenizer.main, "--clip tests", "tests/config.json: no such file"),
     (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
     (evaluate.main, "--task gqa --data README.md --out README.md", "README.md is --data too"),
     (evaluate.main, "--task gqa --data README.md --out x.json --submission x.json", "x.json is --data too, or"),
@@ -70,6 +77,30 @@ def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path)
     assert sentence in message_of(main, words, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("error, code, sentence", [
+    (UserError("a.json: cut off"), 2, "error: a.json: cut off"),
+    (FileNotFoundError(2, "No such file", "a.json"), 2, "error: a.json: No such file"),
+    (OSError(28, "No space left on device"), 2, "error: the system says: No space left on device"),
+    (TypeError("5 is no list"), 1, "error: TypeError: 5 is no list (our own fault; --debug shows where)"),
+    (AssertionError(), 1, "error: AssertionError: no reason given (our own fault"),
+    (MemoryError(), 1, "error: MemoryError: no reason given (the machine's"),
+    (RuntimeError("Original Traceback (most recent call last):\n  File\nKeyError: 'a'"), 1, "error: KeyError: 'a' ("),
+    (ConnectionResetError(104, "Connection reset by peer"), 1, "a data reader, or another process of the run, has"),
+    (BrokenPipeError(32, "Broken pipe"), 141, ""), (KeyboardInterrupt(), 130, "interrupted")])
+def test_errors_end_with_one_sentence_and_a_code(error, code, sentence, monkeypatch, capfd):
+    def fail():
+        assert sys.argv == ["script", "--out", "x"]       # main's parser does not see --debug
+        raise error
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    for debug in ([], ["--debug"]):
+        monkeypatch.setattr(sys, "argv", ["script", *debug, "--out", "x"])
+        with pytest.raises(SystemExit) as end:
+            command.run(fail)
+        printed = capfd.readouterr().err
+        assert end.value.code == code and sentence in printed
+        assert ("in fail" in printed) == bool(debug) and (debug or printed.count("\n") == (code != 141))
+
+
 def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, capsys):
     words = " ".join(map(str, pretrain)).split()
     for more, sentence in (
@@ -77,7 +108,7 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
             (["--plan", "--llm", toy / "llama"], "a picture has 578 tokens")):
         words_here = words if more[0] == "--llm" else []
         assert sentence in message_of(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
-    assert "no image_size" in message_of(
+    assert "model_type is 'llama'; expected a CLIP folder" in message_of(
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
     assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
@@ -106,7 +137,7 @@ def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, mo
 def test_a_run_goes_on_as_what_it_was(toy, pretrain, base):
     before = (base / "recipe.json").read_text()
     for words, sentence in (("--no-bridge", "no_bridge False, now True"), ("--bridge-rank 4", "bridge_rank 8, now 4"),
-                            ("--steps 2", "this run has made 6 already")):
+                            ("--steps 2", "this run has made 7 already")):
         assert sentence in run("pretrain.py", *pretrain, "--resume --out", base, words, ok=False)
     assert (base / "recipe.json").read_text() == before   # a refused run writes nothing
 
@@ -127,7 +158,7 @@ def test_a_duplicate_key_is_another_sample_and_gzip_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", [
     {"images": [{"filename": "a.jpg", "sentences": [{"raw": "a"}], "split": "val"}]},
-    {"images": [{"filename": "a.jpg", "split": "train"}]}, [{"caption": "a"}, 5]])
+    {"images": [{"filename": "a.jpg", "split": "train"}]}, [5]])
 def test_captions_that_are_none(value, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match="a.json"):

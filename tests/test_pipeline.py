@@ -18,7 +18,8 @@ def resumed(script, options, folder, copy):
     """Resume a copy of a run from its checkpoint at step 3: the log, the weights and the checkpoint at step 6 must be
     the same bit for bit."""
     shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "checkpoint-000006")
+    for later in ("checkpoint-000006", "checkpoint-000007"):
+        shutil.rmtree(copy / later)
     (copy / "model.safetensors").unlink()
     (copy / "log.jsonl").unlink()
     assert "going on from" in run(script, *options, "--resume --out", copy)
@@ -73,8 +74,8 @@ def test_pretraining_freezes_the_llama(toy, base):
     recipe = json.loads((base / "recipe.json").read_text())
     assert recipe["lr"] == 1e-3 and recipe["text_to_image"] == 0.4
     assert sorted(path.name for path in base.iterdir()) == [
-        "checkpoint-000003", "checkpoint-000006", "config.json", "image_tokenizer", "log.jsonl", "model.safetensors",
-        "recipe.json", "samples", "tokenizer.model"]
+        "checkpoint-000003", "checkpoint-000006", "checkpoint-000007", "config.json", "image_tokenizer", "log.jsonl",
+        "model.safetensors", "recipe.json", "samples", "tokenizer.model"]
     assert Image.open(base / "samples/000007.png").size == (924, 6 * 112)
 
 
@@ -93,13 +94,13 @@ def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
     resumed("pretrain.py", [*pretrain, "--micro-batch 2 --workers 2"], tmp_path / "b", tmp_path / "c")
     options = ["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER,
-               "--steps 7 --disc-start 2 --save-every 3 --sample-every 2 --ema 0.9 --workers 2"]
+               "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --ema 0.9 --workers 2"]
     resumed("train_tokenizer.py", options, tokenizer, tmp_path / "d")
     options += ["--batch 9 --micro-batch 3"]
     run("train_tokenizer.py", *options, "--out", tmp_path / "g")
     resumed("train_tokenizer.py", options, tmp_path / "g", tmp_path / "h")
     options = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
-               "--steps 7 --warmup 1 --batch 6 --micro-batch 2 --workers 2 --lr 1e-3 --save-every 3"]
+               "--steps 7 --warmup 1 --batch 6 --micro-batch 2 --workers 2 --lr 1e-3 --save-every 3 --keep 3"]
     run("sft.py", *options, "--out", tmp_path / "e")
     resumed("sft.py", options, tmp_path / "e", tmp_path / "f")
 

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import pretrain as pretrain_module
 import train_tokenizer
 from model import Libra, LibraConfig
 from streams import Streams
@@ -46,6 +47,78 @@ def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):
     same(base, tmp_path)
 
 
+def test_the_held_out_loss(toy, pretrain, base, tmp_path):
+    """It is the training loss of the same samples, and training does not notice it, resumed or not."""
+    held_out = ["--images", toy / "eval", "--val-data", toy / "eval/held_out_captions.json"]
+    run("pretrain.py", *pretrain, *held_out, "--val-every 2 --workers 1 --out", tmp_path / "a")
+    lines = log(tmp_path / "a")
+    assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 7]
+    assert all(line["val_bad"] == 0 and line["val_text"] > 0 and line["val_image"] > 0 for line in lines[1::2])
+    for line, other in zip(lines, log(base), strict=True):
+        assert all(line[key] == other[key] for key in ("loss", "text", "image", "norm", "lr"))
+    same(tmp_path / "a", base, 0)
+    shutil.rmtree(tmp_path / "a/checkpoint-000006")
+    (tmp_path / "a/log.jsonl").unlink()
+    run("pretrain.py", *pretrain, *held_out, "--val-every 2 --resume --out", tmp_path / "a")
+    for line, other in zip(log(tmp_path / "a"), lines[3:], strict=True):
+        assert line["loss"] == other["loss"] and line.get("val_loss") == other.get("val_loss")
+    n = len(json.loads((toy / "eval/held_out_captions.json").read_text()))
+    words = [*pretrain, "--images", toy / "eval", "--lr 0 --steps 1 --save-every 0"]
+    run("pretrain.py", *words, "--data", toy / "eval/held_out_captions.json", f"--batch {n} --out", tmp_path / "b")
+    run("pretrain.py", *words, *held_out, "--out", tmp_path / "c")
+    for name in ("loss", "text", "image"):
+        assert abs(log(tmp_path / "b")[0][name] / log(tmp_path / "c")[0]["val_" + name] - 1) < 1e-5
+    output = run("pretrain.py", *words, "--val-data", toy / "captions/*.tar", "--out", tmp_path / "d", ok=False)
+    assert "00000.tar is in --data too" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
+def test_the_held_out_loss_of_two_processes(toy, pretrain, tmp_path, kind):
+    words = [*pretrain, "--images", toy / "eval", "--val-data", toy / "eval/held_out_captions.json", "--val-every 3"]
+    run("pretrain.py", *words, "--out", tmp_path / "one")
+    run("pretrain.py", *words, "--micro-batch 1 --engine", kind, "--out", tmp_path / "two", processes=2)
+    for line, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert ("val_loss" in line) == (line["step"] in (3, 6, 7))
+        assert all(abs(line[key] - other[key]) < 1e-5 * line[key] for key in ("loss", "val_loss") if key in line)
+
+
+@pytest.fixture
+def process_group():
+    yield engine.init_distributed("cpu", group=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp_hands_the_streams_on_as_they_are(process_group):
+    """In bfloat16 it casts what goes into each layer: the same batch object must reach all of them."""
+    model, seen = tiny.libra(), []
+    streams = image_rows(model.config, (20, 20), 1)
+    args = SimpleNamespace(engine="fsdp", compile=False, offload=False)
+    dist = engine.Dist(0, 1, torch.device("cpu"), torch.bfloat16)
+    wrapped = engine.distribute(model, model.model.layers, args, dist)
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[-1]))
+    with dist.autocast():
+        sum(part.sum() for part in wrapped(streams, torch.randn(2, 4, 12))).backward()
+    assert len(seen) == len(model.model.layers) and all(batch is streams for batch in seen)
+
+
+def test_ddp_keeps_gradients_once(process_group):
+    """From the second update on they are views of DDP's buckets, in all passes of an update."""
+    model, args = torch.nn.Linear(4, 4), SimpleNamespace(clip_norm=1.0)
+    two = engine.Dist(0, 2, torch.device("cpu"), torch.float32)
+    wrapped, optimizer = engine.replicate(model, two), torch.optim.AdamW(model.parameters())
+    alone = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
+    passes, storages = torch.randn(2, 3, 4), []
+
+    def loss(wrapped, x):
+        storages.append([p.grad is not None and p.grad.untyped_storage().data_ptr() for p in model.parameters()])
+        return {"text": wrapped(x).square().sum()}
+    for step in range(3):
+        pretrain_module.update(args, alone, wrapped, optimizer, loss, step, passes, {"text": 6})
+    assert all(len(set(pointers)) == 1 and all(pointers) for pointers in storages[2:])
+
+
 @pytest.mark.slow
 def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path):
     """One process with one pass; two with four passes each: 1e-6 of each tensor's norm. With --betas 0 0.99 AdamW's
@@ -69,15 +142,17 @@ def test_gradients_do_not_depend_on_processes_and_passes(pretrain, tmp_path):
 def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     """fsdp on two processes, resumed by one process, then by ddp on two: equals one process throughout"""
     words = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
-             "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2"]
+             "--steps 6 --warmup 1 --batch 6 --lr 1e-3 --save-every 2 --keep 3"]
     run("sft.py", *words, "--out", tmp_path / "one")
     run("sft.py", *words, "--engine fsdp --checkpoint-activations --out", tmp_path / "two", processes=2)
     same(tmp_path / "one", tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "three")
-    shutil.rmtree(tmp_path / "three/checkpoint-000004")
+    for later in ("checkpoint-000004", "checkpoint-000006"):
+        shutil.rmtree(tmp_path / "three" / later)
     assert "processes 2, now 1" in run("sft.py", *words, "--resume --out", tmp_path / "three")
     same(tmp_path / "one", tmp_path / "three")
-    shutil.rmtree(tmp_path / "two/checkpoint-000004")
+    for later in ("checkpoint-000004", "checkpoint-000006"):
+        shutil.rmtree(tmp_path / "two" / later)
     run("sft.py", *words, "--resume --engine ddp --out", tmp_path / "two", processes=2)
     same(tmp_path / "one", tmp_path / "two")
 
@@ -102,6 +177,7 @@ def test_fsdp_on_one_process_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-000007")
     run("pretrain.py", *pretrain, "--resume --export --out", tmp_path)                        # of step 6
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path))
     assert "holds no checkpoint" in run("pretrain.py", *pretrain, "--export --out", tmp_path / "none", ok=False)

@@ -93,7 +93,8 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Text(tmp_path / "tokenizer.model")
     lines = ["the red square is left of a blue circle", "what colour is the small one"] * 20
-    for name, options, message in (("a", {}, "no <s>, </s> or byte"), ("b", {"byte_fallback": True}, "drops newlines")):
+    for name, options, message in (("a", {}, "expected a LLaMA-style"),
+                                   ("b", {"byte_fallback": True}, "newlines as they are")):
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(tmp_path / name),
                                                  vocab_size=300 if options else 40, model_type="bpe", minloglevel=2,
                                                  hard_vocab_limit=False, **options)

@@ -306,17 +306,20 @@ def set_random_state(state):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C, SIGTERM and SIGHUP end the run after the current step, with a checkpoint. What comes within 5 seconds of
+    the first is the same request: systemd and Slurm signal torchrun, which passes it on, and its processes. A later one
+    ends the run at once."""
 
     def __init__(self, dist):
-        self.dist, self.asked = dist, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.dist, self.asked = dist, None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:         # nohup ignores SIGHUP
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
-            sys.exit(130)
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
+        if time.monotonic() - self.asked > 5:
+            raise KeyboardInterrupt
 
     def __call__(self):
         """Whether any process was asked to stop"""

@@ -4,11 +4,14 @@ Three engines, all of them torch's, share a model among processes: ddp (each pro
 AdamW's state and the float32 weights are sharded), fsdp (everything is sharded). The training loop does not know which
 one runs. A run folder holds checkpoints, log.jsonl, bad_samples.jsonl, samples/ and, at the end, the model folder.
 """
+import fcntl
 import json
 import math
 import os
 import random
 import resource
+import signal
+import socket
 import sys
 import time
 import warnings
@@ -17,6 +20,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import DTYPES, NATURAL, POSITIVE, SEED, TOY, bounded, check_device
+from common.cli import DTYPES, NATURAL, PEERS, POSITIVE, SEED, TOY, bounded, check_device, signal_at_parents_death
 from common.weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")        # one process does not need it
@@ -44,7 +48,7 @@ def add_options(parser, out, data, files, steps, warmup, batch, lr, betas=(0.9, 
                 engines=True):
     """The options that all trainers share. The numbers are the stage's recipe; files: kinds of --data; text: mean text
     tokens of a sample"""
-    not_negative, positive = bounded(float, 0), bounded(float, above=0)
+    not_negative, positive, samples = bounded(float, 0), bounded(float, above=0), bounded(int, 1, 10 ** 6)
     add = parser.add_argument_group("the run").add_argument
     add("--data", nargs="+", metavar="FILE", default=[str(TOY / data)], help=f"{files}; FILE@3: thrice an epoch")
     add("--images", metavar="DIR", default=str(TOY / "chats/images"), help="folder of the images that JSON names")
@@ -57,24 +61,28 @@ def add_options(parser, out, data, files, steps, warmup, batch, lr, betas=(0.9, 
     add("--keep", type=POSITIVE, default=2, metavar="N", help="number of checkpoints to keep")
     add("--seed", type=SEED, default=0, metavar="N", help="of new weights and of the order of the data")
     add("--plan", action="store_true", help="print memory, FLOPs and hours, and end (python -m training.plan -h)")
+    add("--debug", action="store_true", default=SUPPRESS, help="show where in the code an error arose")    # see cli.run
     add = parser.add_argument_group("optimization").add_argument
     add("--lr", type=not_negative, default=lr, help="peak learning rate")
     add("--warmup", type=NATURAL, default=warmup, metavar="N", help="steps from 0 to --lr, then cosine to 0")
     add("--betas", type=bounded(float, 0, below=1), nargs=2, default=betas, metavar="B", help="of AdamW")
     add("--weight-decay", type=not_negative, default=weight_decay, metavar="W", help="of AdamW, on matrices only")
     add("--clip-norm", type=positive, default=1.0, metavar="X", help="largest norm of the gradient")
-    add("--batch", type=POSITIVE, default=batch, metavar="N", help="samples of an update, over all processes")
+    add("--batch", type=samples, default=batch, metavar="N", help="samples of an update, over all processes")
     add("--micro-batch", type=NATURAL, default=0, metavar="N", help="samples of a pass; 0: --batch / processes")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="torch device")
     add("--dtype", choices=list(DTYPES), help="of products; None: bfloat16 on a GPU, else float32")
-    add("--workers", type=NATURAL, default=0, metavar="N", help="data readers of each training process")
+    add("--workers", type=bounded(int, 0, 1000), default=0, metavar="N", help="data readers of each training process")
     add("--max-bad", type=bounded(float, 0, 1), default=0.05, metavar="X",
         help="share of unusable samples that ends the run, if they are more than 20; 1: never")
-    add("--timeout", type=positive, default=10, metavar="MIN", help="to wait for a process that does not answer")
+    add("--timeout", type=bounded(float, above=0, most=10 ** 6), default=10, metavar="MIN",
+        help="to wait for a process that does not answer")
     add("--deterministic", action="store_true", help="slower GPU kernels, with which a resumed run is bit-exact")
     add("--tensorboard", action="store_true", help="log there too, if it is installed")
     if engines:
+        add("--val-data", nargs="+", metavar="FILE", default=[], help="as --data, for a loss on held-out samples")
+        add("--val-every", type=POSITIVE, default=1000, metavar="N", help="steps between held-out losses")
         add("--engine", choices=("auto", *ENGINES), default="auto",
             help="auto: the first that fits the memory; on one process ddp, or zero with --offload")
         add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
@@ -104,13 +112,31 @@ def check_out_folder(args):
                         "another folder, remove it, or give --resume where there are checkpoints to resume from")
 
 
+def lock(folder, dist):
+    """Make the run folder this run's until its first process ends: two runs would tear each other's checkpoints."""
+    other, path = [], folder / "run.lock"
+    if dist.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT)      # a number, so that nothing closes it before the process ends
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            Finalize(None, path.unlink, [True], exitpriority=0)
+        except (BlockingIOError, PermissionError):
+            other = [os.read(file, 200).decode(errors="replace")]
+        except OSError as error:                          # a disk without locks
+            print(f"WARNING: {path}: {error.strerror}. See that no other run uses the folder", flush=True)
+    if other := gather_lists(other, dist):
+        raise UserError(f"--out {folder} is in use by another run, {other[0]}: wait for its end or name another --out")
+
+
 def save_options(args, dist, start):
     """Print the resolved options and save them as recipe.json. start: the step the run starts or resumes at"""
     if start > args.steps and not args.export:
         raise UserError(f"--steps {args.steps}, but this run has made {start} already; --export writes its model")
     if dist.first:
         values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out) / "recipe.json", values)
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
     barrier(dist)
@@ -139,15 +165,23 @@ class Dist:
 
 def init_distributed(device, timeout=10, group=False):
     """Join the processes that torchrun started. timeout: minutes; group: make a process group for one process too"""
+    if "TORCHELASTIC_RUN_ID" in os.environ:               # a killed torchrun leaves no processes behind
+        signal_at_parents_death(signal.SIGTERM)
     rank, size, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), check_device(device)
     if device.type == "cuda":
         device = check_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")       # batches differ in length
         torch.cuda.set_device(device)
     if (size > 1 or group) and not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = None if size > 1 else torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
-                                             timeout=timedelta(minutes=timeout))
+                                             timeout=timedelta(minutes=timeout),
+                                             device_id=device if device.type == "cuda" else None)
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        processes = gather_lists([(machine, os.getpid())], Dist(rank, size, device, torch.float32))
+        PEERS.extend(pid for place, pid in processes if place == machine and pid != os.getpid())
     return Dist(rank, size, device, torch.float32)
 
 
@@ -161,6 +195,7 @@ def setup(args):
     dist = init_distributed(args.device, args.timeout, group=args.engine in ("zero", "fsdp"))
     args.micro_batch = args.micro_batch or max(1, args.batch // dist.size)
     args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
+    torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)          # not warn_only: attention would stay as it is
@@ -234,7 +269,9 @@ def cast_and_place(module, dist, on_device=None):
 def replicate(model, dist):
     """DDP, if there is more than one process. Buffers are not broadcast: they are running statistics that training does
     not read, and writing to them between the discriminator's two forward passes would break its backward pass."""
-    return DistributedDataParallel(model, broadcast_buffers=False) if dist.size > 1 else model
+    if dist.size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def set_grad_sync(model, sync):
@@ -324,19 +361,17 @@ def append(path, entries):
         print(f"WARNING: {path} could not be written ({error})", file=sys.stderr, flush=True)
 
 
-def memory_gb(dist):
-    """Peak so far: of the GPU, or of this process's CPU memory"""
-    if dist.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(dist.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def peak_flops(args, dist):
-    """FLOP/s of the device, from --peak or by its name; None where unknown"""
-    if args.peak or dist.device.type != "cuda":
-        return args.peak and args.peak * 1e12
-    name = torch.cuda.get_device_name(dist.device)
-    return next((tera * 1e12 for key, tera in PEAKS.items() if key in name), None)
+def speed_and_memory(args, dist, totals, seconds, flops):
+    """For the log: tokens and images a second, share of the devices' peak FLOP/s (None: not known), and the most memory
+    so far, of the GPU or else of this process, in GB"""
+    cuda = dist.device.type == "cuda"
+    rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
+    if flops:
+        name = torch.cuda.get_device_name(dist.device) if cuda else ""
+        peak = args.peak or next((tera for key, tera in PEAKS.items() if key in name), None)
+        rates["peak"] = peak and sum(flops(totals).values()) / seconds / dist.size / (peak * 1e12)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return rates | {"memory": (torch.cuda.max_memory_allocated(dist.device) if cuda else own) / 1e9}
 
 
 class BadSamples:
@@ -352,10 +387,11 @@ class BadSamples:
         if not n_bad:
             return
         listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
-        self.causes.update(cause for cause, _ in listed)
-        self.examples = [f"{name} ({cause})" for cause, name in listed[-10:]]
+        self.causes.update(cause for cause, _, _ in listed)
+        self.examples = [f"{name} ({cause})" for cause, name, _ in listed[-10:]]
         if self.dist.first:
-            append(self.path, [{"step": step, "cause": cause, "name": name} for cause, name in listed])
+            append(self.path, [{"step": step, "cause": cause, "name": name, "file": file}
+                               for cause, name, file in listed])
         if self.bad > max(20, self.max_share * self.seen):
             self.fail(f", more than --max-bad {self.max_share:g}")
 

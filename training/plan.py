@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import DTYPES, run
+from common.config import make_config
 from common.weights import UserError, read_json, shapes_only
 from model import Libra, LibraConfig, vision_sizes
 from streams import Streams
@@ -50,7 +51,7 @@ def sizes(llm, image_tokenizer, **changes):
         folder = folder / "image_tokenizer" if (folder / "image_tokenizer").is_dir() else folder
         published = (folder / "vision_tokenizer_config.yaml").is_file()
         if not published and "clip" in (values := read_json(folder / "config.json")):
-            clip_config = ImageTokenizerConfig(**values)
+            clip_config = make_config(ImageTokenizerConfig, values, folder / "config.json")
         elif not published and image_tokenizer != llm:    # beside a LLaMA alone: the published tokenizer
             raise UserError(f"{folder}: no image tokenizer")
     visual = vision_sizes(clip_config)

@@ -1,0 +1,278 @@
+"""HaploVL (Yang et al., ICML 2025): raw patches and text together go through a pre-decoder, then through an LLM.
+
+    python -m monolithic.haplovl --stage 1 --llm vicuna-7b-v1.5 --clip clip-vit-large-patch14-336 --out runs/haplovl-1
+    python -m monolithic.haplovl --stage 2 --model runs/haplovl-1 --data llava_v1_5_mix665k.json --images DIR
+
+Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers.
+"Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
+"""
+import argparse
+import re
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import llama
+from common.cli import POSITIVE, TOY, Help, require_path, run
+from common.config import check_divisible, make_config
+from common.weights import UserError, assign, read_json, shapes_only
+from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
+from model import cross_entropy
+from monolithic import shared
+from pretrain import train
+from text import Text
+from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
+from training import engine
+from training.checkpoints import fingerprint
+
+
+@dataclass
+class HalfConfig(LlamaConfig):
+    """base_config (the LLM) or pre_config of config.json; both halves use the image fields of base_config."""
+    vocab_size: int = 152064
+    intermediate_size: int = 22016
+    num_key_value_heads: int = 32
+    max_position_embeddings: int = 32768
+    hidden_act: str = "silu"
+    norm_mode: str = "rmsnorm"
+    attention_rope: bool = False                          # of pre_config: RoPE of its own, else base_config's
+    patch_size: int = 14
+    default_image_size: int = 336                         # S
+    image_grid_pinpoints: list = field(default_factory=list)      # canvases: height, width; []: the 14 published ones
+    image_aspect_ratio: str = "anyres_max_6"              # with "any": tiles; else one square
+    image_token_index: int = 151646
+    bias = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
+        self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
+        self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
+        if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
+            raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
+
+
+def read_config(path):
+    """-> base, pre. Fields that are not ours belong to transformers; three that change what is computed are checked."""
+    values, halves = read_json(path), []
+    for name in ("base_config", "pre_config"):
+        half = values.get(name)
+        if values.get("model_type") != "haplo" or not isinstance(half, dict):
+            raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
+        for key, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
+            if half.get(key, known) != known:
+                raise UserError(f"{path}: {key} is {half[key]!r}, HaploVL computes only {known!r}")
+        half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
+        half = {key: half[key] for key in HalfConfig.__dataclass_fields__ if key in half}
+        halves.append(make_config(HalfConfig, half, path))
+    base, pre = halves
+    shared.check_canvases(base, path)
+    if not pre.attention_rope and pre.head_dim != base.head_dim:
+        raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")
+    return base, pre
+
+
+# ---------------------------------------------------------------- the model
+
+class InputRMSNorm(RMSNorm):
+    """In the dtype of its input, as the authors'; llama.RMSNorm has the mean in float32."""
+    def forward(self, x):
+        return self.weight.to(x.dtype) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": InputRMSNorm}
+
+
+def blocks(config):
+    return [Block(config, shared.BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
+
+
+class PreDecoder(nn.Module):
+    def __init__(self, base, pre):
+        super().__init__()
+        self.base, self.pre, self.text, self.checkpoint_activations = base, pre, None, False
+        width, p, m = pre.hidden_size, base.patch_size, nn.Module()
+        self.model = m
+        m.embed_tokens = nn.Embedding(base.vocab_size, width)
+        m.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, p, stride=p, bias=False)})
+        m.pre_pos_embed = nn.Parameter(nn.init.normal_(torch.empty(1, base.grid ** 2, width), std=0.02))
+        m.image_newline = nn.Parameter(torch.zeros(width))
+        m.pre_norm = nn.LayerNorm(width, 1e-5)
+        m.layers = nn.ModuleList(blocks(pre))
+        m.pre_connector = Linear(width, base.hidden_size)
+
+    def image_tokens(self, batch):
+        """-> (n, D_pre): patches with their position in the tile, newlines"""
+        m = self.model
+        patches = m.patch_embed.proj(batch.tiles.to(m.image_newline.dtype)).flatten(2).transpose(1, 2)
+        vectors = torch.cat([(patches + m.pre_pos_embed).flatten(0, 1), m.image_newline[None]])
+        return vectors[batch.order]
+
+    def run_layers(self, x, layers, rope_config, mask, cache):
+        """x (B, L, size of the half) -> the same through its layers"""
+        positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
+        rope = llama.rope_tables(rope_config, positions, x.dtype)
+        x, recompute = shared.as_products(x), self.checkpoint_activations and torch.is_grad_enabled()
+        for layer, block in enumerate(layers):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, rope, cache, layer, mask)
+        return x
+
+    def encode(self, ids, batch=None, cache=None):
+        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D_pre)"""
+        x, mask = self.model.embed_tokens(ids), None
+        if batch is not None:
+            tokens, mask = self.image_tokens(batch).to(x.dtype), batch.mask()
+            x = x.flatten(0, 1).index_copy(0, batch.image_index, tokens).view_as(x)
+        layers = self.model.layers[:self.pre.num_hidden_layers]
+        rope_config = self.pre if self.pre.attention_rope else self.base
+        return self.run_layers(self.model.pre_norm(x), layers, rope_config, mask, cache), mask
+
+
+class HaploVL(PreDecoder):
+    """`text` is set when the model came from a folder with tokenizer.model."""
+    generate = shared.generate
+
+    def __init__(self, base, pre):
+        super().__init__(base, pre)
+        self.model.layers.extend(blocks(base))
+        self.model.norm = NORMS[base.norm_mode](base.hidden_size, base.rms_norm_eps)
+        self.lm_head = Linear(base.hidden_size, base.vocab_size)
+        self.apply(shared.initialise)
+
+    def hidden(self, ids, batch=None, caches=(None, None)):
+        """As encode, with a cache for each half -> (B, L, D) after the final norm"""
+        (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
+        return self.model.norm(self.run_layers(self.model.pre_connector(x), layers, self.base, mask, caches[1]))
+
+    def forward(self, batch):
+        """-> the sum of the cross-entropy over the targets, each predicted from the token before it"""
+        targets = batch.loss_mask[:, 1:]
+        return cross_entropy(self.lm_head, self.hidden(batch.ids, batch)[:, :-1][targets], batch.ids[:, 1:][targets])
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
+        with shapes_only():
+            model = cls(*read_config(Path(folder) / "config.json"))
+        assign(model, llama.read_llama_tensors(folder, model.base, dtype), folder)
+        if (path := Path(folder) / "tokenizer.model").exists():
+            model.text = Text(path)
+        return model.to(device)
+
+    def save_pretrained(self, folder, tensors=None):
+        """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
+        base, pre = asdict(self.base), asdict(self.pre)
+        shared.save_folder(folder, tensors or self.state_dict(), self.text,
+                           {**base, "model_type": "haplo", "base_config": base, "pre_config": pre})
+
+
+# ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
+
+class Distillation(PreDecoder):
+    """The pre-decoder with two heads that are dropped afterwards. Ours: both are one matrix; the scale of the text
+    logits learns from 1; all parts of the pre-decoder start new and learn."""
+
+    def __init__(self, base, pre, clip_width):
+        super().__init__(base, pre)
+        self.vision_head = Linear(pre.hidden_size, clip_width)
+        self.text_head = Linear(pre.hidden_size, base.hidden_size)
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.apply(shared.initialise)
+        self.model.pre_connector.requires_grad_(False)    # stage 2 starts with a new one
+
+    def forward(self, batch, features, table):
+        """features (patches of all tiles, width): CLIP's; table (V, D): the LLM's embeddings. -> sums over patches of
+        1 - cosine (ours), over text tokens of the cross-entropy with the token itself (current token prediction)"""
+        x, is_patch = self.encode(batch.ids, batch)[0], batch.order >= 0      # ours: newlines are not counted
+        seen = self.vision_head(x.flatten(0, 1)[batch.image_index[is_patch]])
+        vision = 1 - F.cosine_similarity(seen.float(), features[batch.order[is_patch]].float(), dim=-1)
+        head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
+        return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
+
+    def save_pretrained(self, folder, tensors=None):
+        """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: <image> has a row of zeros in lm_head."""
+        with shapes_only():
+            model = HaploVL(self.base, self.pre)
+        model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
+        llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
+        llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
+        llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
+        tensors = {k: torch.zeros(t.shape) for k, t in model.state_dict().items() if "bias" in k} | llm | tensors
+        model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
+
+
+def options(stage=1):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, prog="python -m monolithic.haplovl")
+    g = parser.add_argument_group("the model and its samples")
+    g.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: distillation; 2: answers")
+    g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")
+    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
+    g.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
+                   help="stage 1: a picture is up to 6 tiles (None: this), or one square")
+    g.add_argument("--model", metavar="DIR", help=f"stage 2: folder of stage 1; None: {TOY}/haplovl-1")
+    g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
+    engine.add_options(parser, f"haplovl-{stage}", ("captions/*.tar", "chats/chat.json")[stage - 1],
+                       "img2dataset shards, COCO Karpathy JSON, LLaVA JSON", steps=30_000, warmup=900, batch=128,
+                       lr=1e-4 if stage == 1 else 2e-5)   # the recipe is ours
+    return parser
+
+
+def new_configs(llm, clip, aspect_ratio):
+    """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    both = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
+            "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio}
+    pre = {name: clip[name] for name in names} | {"num_key_value_heads": 0, "rms_norm_eps": clip["layer_norm_eps"],
+                                                  "norm_mode": "layernorm", "attention_rope": True}
+    return HalfConfig(**asdict(llm) | both | {"head_dim": 0, "tie_word_embeddings": False}), HalfConfig(**both | pre)
+
+
+def distill(args, dist):
+    """-> the model of stage 1, its loss"""
+    folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
+    llm, sizes = Llama.from_pretrained(folder).requires_grad_(False), read_clip_sizes(clip_folder)
+    base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
+    model = Distillation(base, pre, sizes["hidden_size"])
+    model.text = Text(folder / "tokenizer.model")
+    with shapes_only():
+        clip = ClipViT(**sizes).requires_grad_(False)
+    assign(clip, read_clip_weights(clip_folder), clip_folder)
+    args.frozen = fingerprint(llm, clip)
+    table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
+
+    def loss(wrapped, batch):
+        with torch.no_grad():                             # ours: the last layer but one, as LLaVA
+            features = clip.hidden_states(batch.tiles.to(dist.dtype), -1)[-1][:, 1:].flatten(0, 1)
+        return dict(zip(("vision", "text"), wrapped(batch, features, table)))     # ours: all tokens count alike
+    return model, loss
+
+
+def main():
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    args = options(first.parse_known_args()[0].stage).parse_args()
+    if args.plan:
+        raise UserError("--plan counts Libra's parts only")
+    if args.model if args.stage == 1 else args.llm or args.clip_folder or args.image_aspect_ratio:
+        raise UserError("--llm, --clip and --image-aspect-ratio belong to stage 1, --model to stage 2")
+    dist = engine.setup(args)
+    args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
+    if args.stage == 1:
+        model, loss = distill(args, dist)
+    else:
+        folder = Path(require_path(args.model or TOY / "haplovl-1"))
+        model, loss = HaploVL.from_pretrained(folder), lambda wrapped, batch: {"text": wrapped(batch)}
+        model.text = Text(folder / "tokenizer.model")
+    model.checkpoint_activations = args.checkpoint_activations
+    builder = shared.ChatBuilder(model.text, model.base, args.max_length, args.seed, every_token=args.stage == 1)
+    train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)
+
+
+if __name__ == "__main__":
+    run(main)

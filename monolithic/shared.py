@@ -1,0 +1,289 @@
+"""Around a model without a vision encoder: pictures as tiles, rows of ids with image tokens, samples, token by token.
+
+Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it. Letters: B rows, L positions, n image tokens of a batch, S
+pixels and g patches of a tile's side, R x C tiles of a picture.
+"""
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
+
+from common.pictures import open_image
+from common.sampling import Sampler, Step
+from common.weights import UserError, save_tensors, write_json
+from data import BadSample, clean_caption, llava_turns, read_sample
+from llama import Attention, KVCache, causal_attention, linear
+from text import IMG, Text
+from tokenizer import MEAN, STD, prepare
+
+# ---------------------------------------------------------------- tiles
+
+
+def published_canvases(side):
+    """1 x 1 to 1 x 6, 2 x 1 to 2 x 3, ..., 6 x 1 tiles -> 14 (height, width)"""
+    return [[side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
+
+
+def choose_canvas(width, height, config):
+    """-> (height, width) of the canvas that keeps most pixels of a picture, then wastes least"""
+    def fit(canvas):
+        scale = min(canvas[1] / width, canvas[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas[0] * canvas[1]
+    return max(config.image_grid_pinpoints, key=fit)
+
+
+def check_canvases(config, source):
+    """Pictures of more tiles the authors' code would shrink, which is not done here."""
+    side, most = config.default_image_size, int(re.sub(r"\D", "", config.image_aspect_ratio) or 0)
+
+    def fits(canvas):
+        return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
+                and not any(x % side for x in canvas) and math.prod(canvas) <= 1.21 * most * side ** 2)
+    if config.tiled and not all(map(fits, config.image_grid_pinpoints)):
+        raise UserError(f"{source}: image_grid_pinpoints are not (height, width) of at most {most} tiles of {side}")
+
+
+def patch_order(width, height, config):
+    """The image tokens of a picture: indices into the patches of its tiles, -1 for a newline. Padding is cut off in
+    whole patches, but of a thin strip one row or column stays (ours: the authors' code leaves nothing of it)."""
+    g = config.grid
+    if not config.tiled:                                  # one newline after all patches
+        return F.pad(torch.arange(g * g), (0, 1), value=-1)
+    rows, columns = (side // config.default_image_size * g for side in choose_canvas(width, height, config))
+    order = torch.arange(rows * columns).view(rows // g, columns // g, g, g).transpose(1, 2).reshape(rows, columns)
+    if width / height > columns / rows:
+        cut = (rows - max(1, int(round(height * (columns / width), 7)))) // 2
+        order = order[cut:rows - cut]
+    else:
+        cut = (columns - max(1, int(round(width * (rows / height), 7)))) // 2
+        order = order[:, cut:columns - cut]
+    return F.pad(order, (0, 1), value=-1).flatten()       # a newline at the end of every row
+
+
+def prepare_picture(image, config):
+    """RGB PIL image -> tiles (R * C, 3, S, S) row by row, with CLIP's mean and deviation; order of its patches"""
+    side, order = config.default_image_size, patch_order(*image.size, config)
+    if not config.tiled:
+        return prepare(image, side)[None], order          # ours: padded to a square, as LLaVA does
+    height, width = choose_canvas(*image.size, config)
+    scale = min(width / image.width, height / image.height)
+    size = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    canvas = Image.new("RGB", (size[0] + 2 * left, size[1] + 2 * top))        # odd padding leaves it a pixel short
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
+    tiles = [canvas.crop((x, y, min(x + side, canvas.width), min(y + side, canvas.height)))
+             for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
+    tiles = np.stack([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles])
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    return (pixels - MEAN.to(pixels)) / STD.to(pixels), order
+
+
+# ---------------------------------------------------------------- rows of ids
+
+def spell_out(ids, loss_mask, sizes, image_token, most=math.inf):
+    """Replace each IMG by its picture's number of image tokens, which are no targets. What would pass `most` tokens is
+    cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
+    spelled, labels, n_pictures = [], [], 0
+    for token, label in zip(ids, loss_mask):
+        size = sizes[n_pictures] if token == IMG else 1
+        if len(spelled) + size > most:
+            break
+        spelled += [image_token if token == IMG else token] * size
+        labels += [0 if token == IMG else label] * size
+        n_pictures += token == IMG
+    return spelled, labels, n_pictures
+
+
+def pad(rows):
+    """Lists of numbers -> (B, L), zero at the right; mask (B, L), False there"""
+    padded, mask = (pad_sequence(tensors, batch_first=True) for tensors in (
+        [torch.tensor(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
+    return padded, mask
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor          # (B, L), padded on any side; image_token_index at the places of image tokens
+    starts: torch.Tensor       # (B, L): a text token's own place, an image token's the first of its image, padding's L
+    image_index: torch.Tensor  # (n,) places of the image tokens in the grid of B * L
+    order: torch.Tensor        # (n,) which patch stands there, -1 for a newline
+    tiles: torch.Tensor        # (tiles of all pictures, 3, S, S)
+    segments: list             # [(start, end, is image)] if all rows have images at the same places, else None
+    loss_mask: torch.Tensor    # (B, L) bool: targets
+    names: list
+    listed: list               # (cause, name, file) of bad samples
+
+    @classmethod
+    def build(cls, ids, mask, pictures, config, loss_mask=None, names=(), listed=()):
+        """ids (B, L) and mask (B, L) bool, False at padding; pictures: [(tiles, order)] as they follow row by row"""
+        length, side, end, segments, orders, n_patches = ids.shape[1], config.default_image_size, 0, [], [], 0
+        starts, sizes = torch.arange(length).repeat(len(ids), 1), [len(order) for _, order in pictures]
+        index = ((ids == config.image_token_index) & mask).flatten().nonzero()[:, 0]
+        if len(index) != sum(sizes):
+            raise UserError(f"{len(index)} image tokens in the text, {sum(sizes)} in its {len(sizes)} pictures")
+        for (tiles, order), image in zip(pictures, index.split(sizes)):
+            orders.append(torch.where(order < 0, -1, order + n_patches))
+            n_patches += len(tiles) * config.grid ** 2
+            first, last = int(image[0]) % length, int(image[-1]) % length
+            starts.view(-1)[image] = first
+            if image[0] < length:                         # in the first row
+                segments += [(end, first, False)] * (first > end) + [(first, last + 1, True)]
+                end = last + 1
+        segments += [(end, length, False)] * (length > end)
+        left_padded = (mask[:, 1:] > mask[:, :-1]).any()  # what is padded on the right is never seen
+        alike = not left_padded and (starts == starts[0]).all()
+        tiles = torch.cat([torch.zeros(0, 3, side, side), *(tiles for tiles, _ in pictures)])
+        return cls(ids, starts.masked_fill(~mask, length), index, torch.cat([index[:0], *orders]), tiles,
+                   segments if alike else None, mask & False if loss_mask is None else loss_mask, names, listed)
+
+    def mask(self):
+        """For block_attention: segments, or bool (B, 1, L, L): query i sees key j if start[j] <= i"""
+        if self.segments is not None:
+            return self.segments
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        itself = place == place[:, None]                  # padding would see nothing, which no softmax can compute
+        return ((self.starts[:, None] <= place[:, None]) | itself)[:, None]
+
+    def counts(self):
+        """For the loop and its log: targets, patches, tokens"""
+        return {"text": int(self.loss_mask.sum()), "vision": int((self.order >= 0).sum()),
+                "tokens": int((self.starts < self.ids.shape[1]).sum())}
+
+    def to(self, device):
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._asdict().items()
+                                if isinstance(value, torch.Tensor)})
+
+
+def block_attention(q, k, v, mask=None):
+    """Causal, but inside an image every token sees every other. Shapes as in causal_attention. mask: bool, or the
+    batch's segments, each of which is one fused call without a matrix of L x L."""
+    if not isinstance(mask, list):
+        return causal_attention(q, k, v, mask)
+    parts = []
+    for start, end, is_image in mask:
+        part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        if is_image:
+            parts.append(F.scaled_dot_product_attention(*part, enable_gqa=q.shape[1] != k.shape[1]))
+        else:
+            parts.append(causal_attention(*part, causal_lower_right(end - start, end) if start else None))
+    return torch.cat(parts, dim=2)
+
+
+class BlockAttention(Attention):
+    attention = staticmethod(block_attention)
+
+
+@dataclass
+class ChatBuilder:
+    """Samples for data.make_loader, of chats and of captions"""
+    text: Text
+    config: object
+    max_length: int
+    seed: int = 0
+    every_token: bool = False                             # all text is a target, not the answers or captions alone
+
+    def __post_init__(self):
+        if self.text.vocab_size > self.config.image_token_index:
+            raise UserError(f"{self.text.path}: {self.text.vocab_size} tokens, the model beside it has "
+                            f"{self.config.image_token_index}: these files do not belong together")
+
+    def __call__(self, source, place, epoch):
+        name, words, pictures = read_sample(source, place)
+        if source.kind == "llava":
+            ids, labels = self.text.chat(llava_turns(words, len(pictures), name))
+        else:
+            choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
+            ids, labels = self.text.caption(clean_caption(words, name, choice))
+        labels = [1] * len(ids) if self.every_token else labels
+        pictures = [prepare_picture(picture, self.config) for picture in pictures]
+        sizes, most = [len(order) for _, order in pictures], min(self.max_length, self.config.max_position_embeddings)
+        ids, labels, n_pictures = spell_out(ids, labels, sizes, self.config.image_token_index, most)
+        if not any(labels):
+            raise BadSample("no_label", name)
+        return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
+
+    def collate(self, samples, bad):
+        rows = [sample["ids"] for sample in samples] or [[self.text.bos]]     # no sample is usable: no target
+        labels = [sample["labels"] for sample in samples] or [[0]]
+        pictures = [picture for sample in samples for picture in sample["pictures"]]
+        names = [sample["name"] for sample in samples]
+        return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
+
+
+# ---------------------------------------------------------------- weights; token by token
+
+def initialise(module):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def as_products(x):
+    """Under autocast norms and embeddings are float32, products bfloat16: the layers get the type of the products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def save_folder(folder, tensors, text, config):
+    """A model folder: config.json, model.safetensors, tokenizer.model. tensors: of all processes"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors)
+    if text and text.path.resolve() != (folder / "tokenizer.model").resolve():
+        shutil.copyfile(text.path, folder / "tokenizer.model")
+    write_json(folder / "config.json", config)
+
+
+@torch.inference_mode()
+def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
+    """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what prepare_picture
+    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends,
+    or when the longest row is at the end of the positions.
+
+    model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each half; model.text: None, or only its tokens
+    are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
+    """
+    config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
+    shown = sum(ids.count(IMG) for ids in prompts)
+    if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
+        raise UserError(f"generate: {len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures, "
+                        f"{max_new_tokens} new tokens; expected prompts of a token or more and all their pictures")
+    pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), config) for p in pictures]
+    sizes, rows = [len(order) for _, order in pictures], []
+    for ids in prompts:
+        rows.append(spell_out(ids, ids, sizes, config.image_token_index)[0])
+        sizes = sizes[ids.count(IMG):]
+    lengths = [len(row) for row in rows]
+    max_new_tokens = min(max_new_tokens, config.max_position_embeddings - max(lengths))
+    if max_new_tokens < 1:
+        raise UserError(f"the prompt has {max(lengths)} of the {config.max_position_embeddings} tokens that the model "
+                        "takes: too little room is left")
+    batch = Batch.build(*pad(rows), pictures, config).to(head.device)
+    caches = [KVCache(half, len(rows), max(lengths) + max_new_tokens, head) for half in (model.pre, model.base)]
+    last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+    for cache in caches:
+        cache.advance(lengths)
+    new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
+    step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)))
+    sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
+    for number in range(max_new_tokens):
+        tokens = sampler(linear(last, head), range(len(rows)))
+        if stop is not None:
+            tokens[done] = stop
+            done |= tokens == stop
+        yield tokens[:, None]
+        if done.all() or number == max_new_tokens - 1:
+            return
+        last = step(tokens, tokens[:0])
