@@ -131,12 +131,10 @@ class Checkpoints:
 
     def resume(self, wanted, models, optimizers, required=False):
         """Load the newest readable checkpoint if `wanted` and there is one. -> step, place in the data; else 0, None"""
-        found = [(path, read_record(path)) for path in self.folders()]
+        found = [[(path, read_record(path)) for path in self.folders()]]
         if self.dist.size > 1:                            # the first process decides: shared disks show new files late
-            found = [found]
             torch.distributed.broadcast_object_list(found, group=self.group)
-            found, = found
-        for path, record in found if wanted else ():
+        for path, record in found[0] if wanted else ():
             if record is None:
                 self.dist.print0(f"{path} is passed over: cut off, damaged, or of an older version of this program")
                 continue
@@ -148,7 +146,7 @@ class Checkpoints:
             if not error:
                 return record["step"], record["data"]
             warn(f"{path} cannot be read ({str(error)[-200:]})")
-        if found:
+        if found[0]:
             none = ", none of them complete and of this model" * wanted
             raise UserError(f"{self.out} holds checkpoints of a run{none}: give --resume to continue it, name another "
                             "--out to start a new one, or remove them")
