@@ -96,7 +96,8 @@ def test_planted_code_does_not_run(tmp_path, place, capsys):
         (newest / ".metadata").write_bytes(pickle.dumps(index))
     forge(newest)
     assert checkpoints.resume(True, [model], [optimizer])[0] == 1
-    assert "checkpoint-000002 cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "checkpoint-000002 cannot be read" in said and said.count("\n") < 4 and "File " not in said  # no trace
     assert not Planted.path.exists()
     assert all(map(torch.equal, values_of(model, optimizer), values[1]))
 

@@ -98,7 +98,9 @@ class Checkpoints:
         try:
             if self.dist.first or not first_only:
                 function(*args)
-        except (Exception, CheckpointException) as caught:           # torch wraps errors of the file system
+        except CheckpointException as caught:             # torch's, with the errors of the processes in it
+            error = next(iter(caught.failures.values()))[0]
+        except Exception as caught:  # noqa: BLE001       # a damaged file can fail in any way
             error = caught
         return None if all_ranks(error is None, self.dist) else error or OSError("on another process")
 
