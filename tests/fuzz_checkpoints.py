@@ -87,8 +87,9 @@ def forged_files(rng, folder):
 def forged_index(rng, folder):
     newest = copy(folder)
     index = pickle.loads((newest / ".metadata").read_bytes())
+    parts = [index, *index.storage_data.values(), *index.state_dict_metadata.values()]
     for _ in range(rng.integers(1, 4)):
-        part = pick(rng, [index, *index.storage_data.values(), *index.state_dict_metadata.values()])
+        part = pick(rng, parts)
         value = pick(rng, [*VALUES, torch.Size([8]), torch.Size([2 ** 40]), "/dev/null", "__0_1.distcp", torch.int64])
         object.__setattr__(part, pick(rng, sorted(vars(part))), value)
     (newest / ".metadata").write_bytes(pickle.dumps(index))
