@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config import check_divisible, is_llama
-from common.weights import UserError, assign, save_tensors, shapes_only, write_json
+from common.weights import UserError, assign, replaced, save_tensors, shapes_only, write_json
 from llama import (
     Attention,
     Block,
@@ -380,7 +380,8 @@ class Libra(Llama):
         save_tensors(folder / "model.safetensors", tensors)
         if self.tokenizers is not None:
             if self.tokenizers.text.path.resolve() != (folder / "tokenizer.model").resolve():
-                shutil.copyfile(self.tokenizers.text.path, folder / "tokenizer.model")
+                with replaced(folder / "tokenizer.model") as draft:
+                    shutil.copyfile(self.tokenizers.text.path, draft)
             self.tokenizers.image.save_pretrained(folder / "image_tokenizer")
         write_json(folder / "config.json", self.config.to_dict())
 

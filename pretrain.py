@@ -109,7 +109,8 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     if run_steps(args, dist, sources, builder, [model], [optimizer], step, counts, flops, save_samples, validate):
         tensors = engine.full_state_dict(model)
         if dist.first:                                    # the others do not wait; frozen weights keep their bits
-            model.save_pretrained(args.out, {name: frozen.get(name, tensor.to(dist.dtype))
+            dtype = next((p.dtype for p in frozen.values()), dist.dtype)              # one type for a whole folder
+            model.save_pretrained(args.out, {name: frozen.get(name, tensor.to(dtype))
                                              for name, tensor in tensors.items()})
         dist.print0(f"{args.out} is a model folder")
 

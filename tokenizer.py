@@ -388,8 +388,8 @@ class ImageTokenizer(nn.Module):
     def save_pretrained(self, folder):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asdict(self.config))
         save_tensors(folder / "model.safetensors", self.state_dict())
+        write_json(folder / "config.json", asdict(self.config))               # last: without it the folder is no model
 
 
 def find_image_tokenizer(folder):

@@ -96,7 +96,8 @@ def test_planted_code_does_not_run(tmp_path, place, capsys):
         (newest / ".metadata").write_bytes(pickle.dumps(index))
     forge(newest)
     assert checkpoints.resume(True, [model], [optimizer])[0] == 1
-    assert "checkpoint-000002 cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "checkpoint-000002 cannot be read" in said and said.count("\n") < 4 and "File " not in said  # no trace
     assert not Planted.path.exists()
     assert all(map(torch.equal, values_of(model, optimizer), values[1]))
 
@@ -206,8 +207,8 @@ def test_frozen_float16_weights_keep_their_bits(toy, pretrain, tmp_path):
     save_file(tensors, tmp_path / "llama/model.safetensors")
     run("pretrain.py", *pretrain, "--steps 2 --dtype bfloat16 --llm", tmp_path / "llama", "--out", tmp_path / "run")
     exported = load_file(tmp_path / "run/model.safetensors")
-    for name, tensor in tensors.items():
-        assert exported[name].dtype == torch.float16 and torch.equal(exported[name], tensor), name
+    assert all(torch.equal(exported[name], tensor) for name, tensor in tensors.items())
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float16}     # of two types, it could not be tuned
 
 
 @pytest.mark.slow

@@ -62,15 +62,12 @@ class Checkpoints:
         began = time.perf_counter()
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
-        random_file = draft / f"random-{self.dist.rank}.json"
-        error = (self.attempt(make_empty, draft, first_only=True)
-                 or self.attempt(lambda: write_json(random_file, random_state())))
-        if error:
+        if error := self.attempt(make_empty, draft, first_only=True):
             self.warn_lost(draft, error)
         else:                                             # with one thread every process would open a context on GPU 0
             writing = dcp.async_save(state_of(models, optimizers), process_group=self.group,
                                      storage_writer=dcp.FileSystemWriter(draft, thread_count=2))
-            checksums = self.thread.submit(own_checksums, writing, draft, self.dist.rank)
+            checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank, random_state())
             record = {"step": step, "data": data_state, "task": self.task, **self.made_by}
             self.pending = checksums, draft, final, record
         if wait:
@@ -93,7 +90,7 @@ class Checkpoints:
         if error:
             self.warn_lost(draft, error)
         elif self.dist.first:
-            self.remove_old()
+            self.remove_old(final)
 
     def attempt(self, function, *args, first_only=False):
         """Call a function on all processes, or on the first. -> None, or an error on all if one of them failed"""
@@ -101,14 +98,17 @@ class Checkpoints:
         try:
             if self.dist.first or not first_only:
                 function(*args)
-        except (Exception, CheckpointException) as caught:           # torch wraps errors of the file system
+        except CheckpointException as caught:             # torch's, with the errors of the processes in it
+            error = next(iter(caught.failures.values()))[0]
+        except Exception as caught:  # noqa: BLE001       # a damaged file can fail in any way
             error = caught
         return None if all_ranks(error is None, self.dist) else error or OSError("on another process")
 
-    def remove_old(self):
-        """All but the newest --keep complete checkpoints; damaged ones do not count."""
-        folders, complete = self.folders(), self.complete()[:self.keep]
-        for path in folders[folders.index(complete[-1]) + 1:] if complete else ():
+    def remove_old(self, newest):
+        """Keep --keep complete checkpoints from the one just written on: later ones were passed over on resume."""
+        folders = self.folders()
+        kept = [path for path in self.complete() if path in folders[folders.index(newest):]][:self.keep]
+        for path in folders[folders.index(kept[-1]) + 1:] if kept else ():
             try:
                 shutil.rmtree(path)
             except OSError as error:
@@ -133,14 +133,12 @@ class Checkpoints:
 
     def resume(self, wanted, models, optimizers, required=False):
         """Load the newest readable checkpoint if `wanted` and there is one. -> step, place in the data; else 0, None"""
-        folders = self.folders()
-        found = [[(path, read_record(path)) for path in folders if wanted], folders]
+        found = [[(path, read_record(path)) for path in self.folders()]]
         if self.dist.size > 1:                            # the first process decides: shared disks show new files late
             torch.distributed.broadcast_object_list(found, group=self.group)
-        candidates, folders = found
-        for path, record in candidates:
+        for path, record in found[0] if wanted else ():
             if record is None:
-                self.dist.print0(f"{path} is passed over: cut off, or with missing files or files of another size")
+                self.dist.print0(f"{path} is passed over: cut off, damaged, or of an older version of this program")
                 continue
             self.dist.print0(f"going on from {path}")
             error = self.attempt(self.verify, path, record["files"])
@@ -150,7 +148,7 @@ class Checkpoints:
             if not error:
                 return record["step"], record["data"]
             warn(f"{path} cannot be read ({str(error)[-200:]})")
-        if folders:
+        if found[0]:
             none = ", none of them complete and of this model" * wanted
             raise UserError(f"{self.out} holds checkpoints of a run{none}: give --resume to continue it, name another "
                             "--out to start a new one, or remove them")
@@ -169,14 +167,11 @@ class Checkpoints:
         reader = IndexReader(path)
         saved = reader.read_metadata().state_dict_metadata.keys()
         state = state_of(models, optimizers, saved)
-        expected = {f"{part}.{name}" for part, tensors in state.items() if part.startswith("model") for name in tensors}
-        missing, unknown = expected - saved, {name for name in saved if name.startswith("model")} - expected
-        if missing or unknown:
-            raise UserError(f"it is of another model: missing {first_few(missing)}, unknown {first_few(unknown)}")
+        if different := state.keys() ^ saved:
+            raise UserError(f"it is of another model; only one of both has {first_few(different)}")
         dcp.load(state, storage_reader=reader, process_group=self.group)
-        random_file = path / f"random-{self.dist.rank}.json"
         if record["processes"] == self.dist.size:
-            set_random_state(read_json(random_file))
+            set_random_state(read_json(path / f"random-{self.dist.rank}.json"))
         changes = "; ".join(f"{name} {record.get(name)}, now {value}" for name, value in self.made_by.items()
                             if record.get(name) != value)
         if changes:
@@ -200,20 +195,20 @@ class Checkpoints:
 # ---------------------------------------------------------------- what a checkpoint holds
 
 def state_of(models, optimizers, saved=()):
-    """-> {model0: {name: tensor}, optimizer0: {name: AdamW's state}, ...} without frozen weights. saved: names in a
-    checkpoint; the states that it has are made, to be loaded."""
+    """-> {model0.NAME: tensor, optimizer0.NAME.step: tensor, ...} without frozen weights. saved: names in a checkpoint
+    that is to be loaded; AdamW gets the states that are in it, and no others."""
     state = {}
     for i, (model, optimizer) in enumerate(zip(models, optimizers)):
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        state[f"model{i}"] = {name: tensor for name, tensor in model.state_dict().items()
-                              if name not in parameters or parameters[name].requires_grad}
-        state[f"optimizer{i}"] = {}
+        frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        state |= {f"model{i}.{name}": tensor for name, tensor in model.state_dict().items() if name not in frozen}
+        if saved:
+            optimizer.state.clear()
         for name, p in model.named_parameters():
             if f"optimizer{i}.{name}.step" in saved:
                 optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                       "exp_avg_sq": torch.zeros_like(p)}
             if p in optimizer.state:                      # not before its first update
-                state[f"optimizer{i}"][name] = optimizer.state[p]
+                state |= {f"optimizer{i}.{name}.{key}": value for key, value in optimizer.state[p].items()}
     return state
 
 
@@ -228,9 +223,10 @@ def fingerprint(*modules, samples=1024):
     return sha.hexdigest()[:16]
 
 
-def own_checksums(writing, draft, rank):
-    """Waits until a checkpoint's files are written. -> {name: [size, checksum]} of those of this process"""
+def complete_files(writing, draft, rank, state):
+    """Wait for torch's files, write the random state. -> {name: [size, checksum]} of this process's files"""
     writing.result()
+    write_json(draft / f"random-{rank}.json", state)
     own = (f"__{rank}_", f"random-{rank}.") + (".metadata",) * (rank == 0)
     return {path.name: [path.stat().st_size, checksum(path)] for path in draft.iterdir() if path.name.startswith(own)}
 
@@ -260,7 +256,7 @@ def read_record(path):
         whole = record.pop("checksum") == checksum_of_record(record)
         return record if whole and all((path / name).stat().st_size == size
                                        for name, (size, _) in record["files"].items()) else None
-    except (OSError, UserError, KeyError):
+    except Exception:  # noqa: BLE001                     # a damaged record can fail in any way
         return None
 
 
@@ -273,12 +269,7 @@ class IndexReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args, **kwargs):
         with open(self.path / ".metadata", "rb") as file:
-            try:
-                return IndexUnpickler(file).load()
-            except OSError:
-                raise
-            except Exception as error:  # noqa: BLE001    # a damaged pickle can fail in any way
-                raise OSError(f".metadata: {error}") from None
+            return IndexUnpickler(file).load()
 
 
 class IndexUnpickler(pickle.Unpickler):
@@ -300,20 +291,18 @@ def make_empty(folder):
 def random_state():
     """The state of all random generators of this process, as JSON"""
     kind, keys, *rest = np.random.get_state()
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]} | {
-        name: state.numpy().tobytes().hex() for name, state in states.items()}
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
+            "torch": torch.get_rng_state().tolist(), "cuda": cuda}
 
 
 def set_random_state(state):
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if torch.cuda.is_available() and "cuda" in state:     # else it was written without a GPU
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and state["cuda"]:       # else it was written without a GPU
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 class Stop:
