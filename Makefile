@@ -2,6 +2,7 @@
 #                  DEVICE=cuda: on a GPU, in bfloat16
 # make test        a virtual environment, the packages, the linter, all tests; under 10 minutes on two cores
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
+# make fuzz        20,000 damaged inputs of everything that reads files; half an hour
 # make test-gpu    training on a GPU against the CPU
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
@@ -83,6 +84,9 @@ test test-fast: $(VENV)/test
 test-gpu: $(VENV)/test
 	LIBRA_GPU=1 $(RUN) -m pytest -m gpu
 
+fuzz: $(VENV)/test
+	$(RUN) -W ignore tests/test_fuzz.py 20000
+
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements.txt
@@ -92,4 +96,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate bench clean-demo test test-fast test-gpu
+.PHONY: demo demo-seeds ablate bench clean-demo test test-fast test-gpu fuzz

@@ -9,7 +9,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import tiny
 from PIL import Image
 
