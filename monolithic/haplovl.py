@@ -6,19 +6,16 @@
 Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers.
 "Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
 """
-import argparse
 import re
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import llama
-from common.cli import POSITIVE, TOY, Help, require_path, run
+from common.cli import run
 from common.config import check_divisible, make_config
 from common.weights import UserError, assign, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
@@ -26,9 +23,6 @@ from model import cross_entropy
 from monolithic import shared
 from pretrain import train
 from text import Text
-from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
-from training import engine
-from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -46,7 +40,7 @@ class HalfConfig(LlamaConfig):
     image_grid_pinpoints: list = field(default_factory=list)      # canvases: height, width; []: the 14 published ones
     image_aspect_ratio: str = "anyres_max_6"              # with "any": tiles; else one square
     image_token_index: int = 151646
-    bias = True
+    bias, edges = True, ([], [])                          # nothing stands around image tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,6 +49,9 @@ class HalfConfig(LlamaConfig):
         self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
         if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
+
+    def prepare(self, picture, _):
+        return shared.prepare_picture(picture, self)
 
 
 def read_config(path):
@@ -96,6 +93,7 @@ class PreDecoder(nn.Module):
     def __init__(self, base, pre):
         super().__init__()
         self.base, self.pre, self.text, self.checkpoint_activations = base, pre, None, False
+        self.halves = pre, base
         width, p, m = pre.hidden_size, base.patch_size, nn.Module()
         self.model = m
         m.embed_tokens = nn.Embedding(base.vocab_size, width)
@@ -113,25 +111,16 @@ class PreDecoder(nn.Module):
         vectors = torch.cat([(patches + m.pre_pos_embed).flatten(0, 1), m.image_newline[None]])
         return vectors[batch.order]
 
-    def run_layers(self, x, layers, rope_config, mask, cache):
-        """x (B, L, size of the half) -> the same through its layers"""
-        positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
-        rope = llama.rope_tables(rope_config, positions, x.dtype)
-        x, recompute = shared.as_products(x), self.checkpoint_activations and torch.is_grad_enabled()
-        for layer, block in enumerate(layers):
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x = run(x, rope, cache, layer, mask)
-        return x
-
     def encode(self, ids, batch=None, cache=None):
         """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D_pre)"""
         x, mask = self.model.embed_tokens(ids), None
         if batch is not None:
-            tokens, mask = self.image_tokens(batch).to(x.dtype), batch.mask()
-            x = x.flatten(0, 1).index_copy(0, batch.image_index, tokens).view_as(x)
+            tokens, mask = self.image_tokens(batch), batch.mask()
+            x = shared.insert(x, batch.image_index, tokens)
         layers = self.model.layers[:self.pre.num_hidden_layers]
         rope_config = self.pre if self.pre.attention_rope else self.base
-        return self.run_layers(self.model.pre_norm(x), layers, rope_config, mask, cache), mask
+        x = shared.run_layers(self.model.pre_norm(x), layers, rope_config, cache, mask, self.checkpoint_activations)
+        return x, mask
 
 
 class HaploVL(PreDecoder):
@@ -148,7 +137,11 @@ class HaploVL(PreDecoder):
     def hidden(self, ids, batch=None, caches=(None, None)):
         """As encode, with a cache for each half -> (B, L, D) after the final norm"""
         (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
-        return self.model.norm(self.run_layers(self.model.pre_connector(x), layers, self.base, mask, caches[1]))
+        x = self.model.pre_connector(x)
+        return self.model.norm(shared.run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
+
+    def row_lengths(self, rows):
+        return [[len(row) for row in rows]] * 2
 
     def forward(self, batch):
         """-> the sum of the cross-entropy over the targets, each predicted from the token before it"""
@@ -207,22 +200,6 @@ class Distillation(PreDecoder):
         model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
 
 
-def options(stage=1):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, prog="python -m monolithic.haplovl")
-    g = parser.add_argument_group("the model and its samples")
-    g.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: distillation; 2: answers")
-    g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")
-    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
-    g.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
-                   help="stage 1: a picture is up to 6 tiles (None: this), or one square")
-    g.add_argument("--model", metavar="DIR", help=f"stage 2: folder of stage 1; None: {TOY}/haplovl-1")
-    g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
-    engine.add_options(parser, f"haplovl-{stage}", ("captions/*.tar", "chats/chat.json")[stage - 1],
-                       "img2dataset shards, COCO Karpathy JSON, LLaVA JSON", steps=30_000, warmup=900, batch=128,
-                       lr=1e-4 if stage == 1 else 2e-5)   # the recipe is ours
-    return parser
-
-
 def new_configs(llm, clip, aspect_ratio):
     """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -235,15 +212,10 @@ def new_configs(llm, clip, aspect_ratio):
 
 def distill(args, dist):
     """-> the model of stage 1, its loss"""
-    folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, sizes = Llama.from_pretrained(folder).requires_grad_(False), read_clip_sizes(clip_folder)
+    llm, text, clip, sizes = shared.new_parts(args)
     base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
     model = Distillation(base, pre, sizes["hidden_size"])
-    model.text = Text(folder / "tokenizer.model")
-    with shapes_only():
-        clip = ClipViT(**sizes).requires_grad_(False)
-    assign(clip, read_clip_weights(clip_folder), clip_folder)
-    args.frozen = fingerprint(llm, clip)
+    model.text = text
     table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
 
     def loss(wrapped, batch):
@@ -254,21 +226,15 @@ def distill(args, dist):
 
 
 def main():
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    args = options(first.parse_known_args()[0].stage).parse_args()
-    if args.plan:
-        raise UserError("--plan counts Libra's parts only")
-    if args.model if args.stage == 1 else args.llm or args.clip_folder or args.image_aspect_ratio:
-        raise UserError("--llm, --clip and --image-aspect-ratio belong to stage 1, --model to stage 2")
-    dist = engine.setup(args)
-    args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
+    parser = shared.options(__doc__, "haplovl", [("distillation", "captions/*.tar", 1e-4),
+                                                 ("answers", "chats/chat.json", 2e-5)])
+    parser.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
+                        help="stage 1: a picture is up to 6 tiles (None: this), or one square")
+    args, dist = shared.start(parser, "image_aspect_ratio")
     if args.stage == 1:
         model, loss = distill(args, dist)
     else:
-        folder = Path(require_path(args.model or TOY / "haplovl-1"))
-        model, loss = HaploVL.from_pretrained(folder), lambda wrapped, batch: {"text": wrapped(batch)}
-        model.text = Text(folder / "tokenizer.model")
+        model, loss = shared.trained_before(args, "haplovl", HaploVL), lambda wrapped, batch: {"text": wrapped(batch)}
     model.checkpoint_activations = args.checkpoint_activations
     builder = shared.ChatBuilder(model.text, model.base, args.max_length, args.seed, every_token=args.stage == 1)
     train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)

@@ -1,12 +1,14 @@
-"""Around a model without a vision encoder: pictures as tiles, rows of ids with image tokens, samples, token by token.
+"""Around the models of this folder: pictures as tiles, rows of ids with image tokens, samples, token by token, stages.
 
-Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it. Letters: B rows, L positions, n image tokens of a batch, S
-pixels and g patches of a tile's side, R x C tiles of a picture.
+Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it, and InternVL's as HoVLE does. Letters: B rows, L positions, n
+image tokens of a batch, S pixels and g patches of a tile's side, R x C tiles of a picture.
 """
+import argparse
 import math
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,14 +20,18 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
+from common.cli import POSITIVE, TOY, Help, require_path
 from common.pictures import open_image
 from common.sampling import Sampler, Step
-from common.weights import UserError, save_tensors, write_json
+from common.weights import UserError, assign, save_tensors, shapes_only, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, causal_attention, linear
+from llama import Attention, KVCache, Llama, causal_attention, linear, rope_tables
 from text import IMG, Text
-from tokenizer import MEAN, STD, prepare
+from tokenizer import MEAN, STD, ClipViT, prepare, read_clip_sizes, read_clip_weights
+from training import engine
+from training.checkpoints import fingerprint
 
 # ---------------------------------------------------------------- tiles
 
@@ -85,23 +91,49 @@ def prepare_picture(image, config):
     canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
     tiles = [canvas.crop((x, y, min(x + side, canvas.width), min(y + side, canvas.height)))
              for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
-    tiles = np.stack([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles])
-    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
-    return (pixels - MEAN.to(pixels)) / STD.to(pixels), order
+    return to_pixels([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles]), order
+
+
+def choose_grid(width, height, side, most):
+    """InternVL's -> columns and rows of tiles: the nearest aspect ratio, of equally near ones the first, or a later one
+    if the picture has more than half of its pixels"""
+    grids = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most]
+    best, nearest = (1, 1), math.inf
+    for i, j in sorted(grids, key=math.prod):
+        distance = abs(width / height - i / j)
+        if distance < nearest or distance == nearest and width * height > 0.5 * side ** 2 * i * j:
+            best, nearest = (i, j), distance
+    return best
+
+
+def dynamic_tiles(image, side, most, thumbnail):
+    """RGB PIL image -> tiles row by row of the picture that is stretched to their grid. thumbnail: of several, the
+    whole picture as the last one"""
+    columns, rows = choose_grid(*image.size, side, most)
+    canvas = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    tiles = [canvas.crop((x, y, x + side, y + side)) for y in range(0, canvas.height, side)
+             for x in range(0, canvas.width, side)]
+    return tiles + [image.resize((side, side), Image.Resampling.BICUBIC)] * (thumbnail and len(tiles) > 1)
+
+
+def to_pixels(tiles, mean=MEAN, std=STD):
+    """RGB PIL images of one size -> (n, 3, S, S); mean, std: (3, 1, 1)"""
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - mean.to(pixels)) / std.to(pixels)
 
 
 # ---------------------------------------------------------------- rows of ids
 
-def spell_out(ids, loss_mask, sizes, image_token, most=math.inf):
-    """Replace each IMG by its picture's number of image tokens, which are no targets. What would pass `most` tokens is
-    cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
+def spell_out(ids, loss_mask, sizes, image_token, most=math.inf, edges=([], [])):
+    """Replace each IMG by its picture's number of image tokens between edges, none of which is a target. What would
+    pass `most` tokens is cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
     spelled, labels, n_pictures = [], [], 0
     for token, label in zip(ids, loss_mask):
-        size = sizes[n_pictures] if token == IMG else 1
-        if len(spelled) + size > most:
+        piece = edges[0] + [image_token] * sizes[n_pictures] + edges[1] if token == IMG else [token]
+        if len(spelled) + len(piece) > most:
             break
-        spelled += [image_token if token == IMG else token] * size
-        labels += [0 if token == IMG else label] * size
+        spelled += piece
+        labels += [0 if token == IMG else label] * len(piece)
         n_pictures += token == IMG
     return spelled, labels, n_pictures
 
@@ -186,7 +218,8 @@ class BlockAttention(Attention):
 
 @dataclass
 class ChatBuilder:
-    """Samples for data.make_loader, of chats and of captions"""
+    """Samples for data.make_loader, of chats and of captions. config: image_token_index, edges (ids around the image
+    tokens of a picture), prepare(picture, number of pictures) -> tiles, order, and what Batch.build needs"""
     text: Text
     config: object
     max_length: int
@@ -206,9 +239,9 @@ class ChatBuilder:
             choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
             ids, labels = self.text.caption(clean_caption(words, name, choice))
         labels = [1] * len(ids) if self.every_token else labels
-        pictures = [prepare_picture(picture, self.config) for picture in pictures]
-        sizes, most = [len(order) for _, order in pictures], min(self.max_length, self.config.max_position_embeddings)
-        ids, labels, n_pictures = spell_out(ids, labels, sizes, self.config.image_token_index, most)
+        c, pictures = self.config, [self.config.prepare(picture, len(pictures)) for picture in pictures]
+        sizes, most = [len(order) for _, order in pictures], min(self.max_length, c.max_position_embeddings)
+        ids, labels, n_pictures = spell_out(ids, labels, sizes, c.image_token_index, most, c.edges)
         if not any(labels):
             raise BadSample("no_label", name)
         return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
@@ -221,7 +254,7 @@ class ChatBuilder:
         return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
 
 
-# ---------------------------------------------------------------- weights; token by token
+# ---------------------------------------------------------------- layers, weights
 
 def initialise(module):
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -236,6 +269,22 @@ def as_products(x):
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def insert(x, places, vectors):
+    """x (B, L, D), with vectors (n, D) at these places in the grid of B * L"""
+    return x.flatten(0, 1).index_copy(0, places, vectors.to(x.dtype)).view_as(x)
+
+
+def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
+    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers of a half.
+    recompute: the activations in the backward pass"""
+    positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
+    rope, x = rope_tables(config, positions, x.dtype), as_products(x)
+    for layer, block in enumerate(layers):
+        run = partial(checkpoint, block, use_reentrant=False) if recompute and torch.is_grad_enabled() else block
+        x = run(x, rope, cache, layer, mask)
+    return x
+
+
 def save_folder(folder, tensors, text, config):
     """A model folder: config.json, model.safetensors, tokenizer.model. tensors: of all processes"""
     folder = Path(folder)
@@ -246,35 +295,41 @@ def save_folder(folder, tensors, text, config):
     write_json(folder / "config.json", config)
 
 
+# ---------------------------------------------------------------- token by token
+
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
-    """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what prepare_picture
+    """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare
     returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends,
     or when the longest row is at the end of the positions.
 
-    model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each half; model.text: None, or only its tokens
-    are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
+    model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each of model.halves, the configurations, the
+    last of which knows the pictures; model.row_lengths(rows): lists of lengths, for each half; model.text: None, or
+    only its tokens are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
     """
-    config, head = model.base, model.lm_head.weight[:model.text and model.text.vocab_size]
+    config, head = model.halves[-1], model.lm_head.weight[:model.text and model.text.vocab_size]
     shown = sum(ids.count(IMG) for ids in prompts)
     if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
         raise UserError(f"generate: {len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures, "
                         f"{max_new_tokens} new tokens; expected prompts of a token or more and all their pictures")
-    pictures = [p if isinstance(p, tuple) else prepare_picture(open_image(p), config) for p in pictures]
-    sizes, rows = [len(order) for _, order in pictures], []
+    rows, ready = [], []
     for ids in prompts:
-        rows.append(spell_out(ids, ids, sizes, config.image_token_index)[0])
-        sizes = sizes[ids.count(IMG):]
-    lengths = [len(row) for row in rows]
-    max_new_tokens = min(max_new_tokens, config.max_position_embeddings - max(lengths))
+        n = ids.count(IMG)
+        ready += [p if isinstance(p, tuple) else config.prepare(open_image(p), n) for p in pictures[len(ready):][:n]]
+        sizes = [len(order) for _, order in ready[len(ready) - n:]]
+        rows.append(spell_out(ids, ids, sizes, config.image_token_index, edges=config.edges)[0])
+    lengths = model.row_lengths(rows)
+    longest, most = min(((max(half_lengths), half.max_position_embeddings) for half_lengths, half in
+                         zip(lengths, model.halves)), key=lambda pair: pair[1] - pair[0])
+    max_new_tokens = min(max_new_tokens, most - longest)
     if max_new_tokens < 1:
-        raise UserError(f"the prompt has {max(lengths)} of the {config.max_position_embeddings} tokens that the model "
-                        "takes: too little room is left")
-    batch = Batch.build(*pad(rows), pictures, config).to(head.device)
-    caches = [KVCache(half, len(rows), max(lengths) + max_new_tokens, head) for half in (model.pre, model.base)]
-    last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-    for cache in caches:
-        cache.advance(lengths)
+        raise UserError(f"the prompt has {longest} of the {most} tokens that the model takes: too little room is left")
+    batch = Batch.build(*pad(rows), ready, config).to(head.device)
+    caches = [KVCache(half, len(rows), max(half_lengths) + max_new_tokens, head)
+              for half_lengths, half in zip(lengths, model.halves)]
+    last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths[-1]) - 1]
+    for half_lengths, cache in zip(lengths, caches):
+        cache.advance(half_lengths)
     new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
     step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)))
     sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
@@ -287,3 +342,56 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampl
         if done.all() or number == max_new_tokens - 1:
             return
         last = step(tokens, tokens[:0])
+
+
+# ---------------------------------------------------------------- the commands
+
+def options(doc, name, stages):
+    """stages: [(what it does, --data in the toy world, learning rate), ...] -> the parser of the stage that is asked"""
+    first, numbers = argparse.ArgumentParser(add_help=False), range(1, len(stages) + 1)
+    first.add_argument("--stage", type=int, choices=numbers, default=1)
+    stage = first.parse_known_args()[0].stage
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, prog=f"python -m monolithic.{name}")
+    g = parser.add_argument_group("the model and its samples")
+    g.add_argument("--stage", type=int, choices=numbers, required=True,
+                   help="; ".join(f"{n}: {what}" for n, (what, _, _) in enumerate(stages, 1)))
+    g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")
+    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
+    g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
+    g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
+    _, data, lr = stages[stage - 1]
+    engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
+                       steps=30_000, warmup=900, batch=128, lr=lr)            # the recipe is ours
+    return parser
+
+
+def start(parser, *stage_1):
+    """stage_1: names of the options that, as --llm and --clip, shape a new model -> args, dist"""
+    args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
+    if args.plan:
+        raise UserError("--plan counts Libra's parts only")
+    if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
+        words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
+        raise UserError(f"{words} belong to stage 1, --model to the later ones")
+    dist = engine.setup(args)
+    args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
+    return args, dist
+
+
+def new_parts(args):
+    """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
+    folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
+    llm, text, sizes = Llama.from_pretrained(folder), Text(folder / "tokenizer.model"), read_clip_sizes(clip_folder)
+    with shapes_only():
+        clip = ClipViT(**sizes)
+    assign(clip, read_clip_weights(clip_folder), clip_folder)
+    args.frozen = fingerprint(llm.requires_grad_(False), clip.requires_grad_(False))
+    return llm, text, clip, sizes
+
+
+def trained_before(args, name, cls):
+    """Later stages -> the model of the stage before"""
+    folder = Path(require_path(args.model or TOY / f"{name}-{args.stage - 1}"))
+    model = cls.from_pretrained(folder)
+    model.text = Text(folder / "tokenizer.model")
+    return model

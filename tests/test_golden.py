@@ -3,8 +3,8 @@
     python tests/test_golden.py FOLDER...        # a folder of cases, or of folders of cases
 
 prints the largest absolute difference per case and output, and exits non-zero above 1e-4 (gradients: largest difference
-over largest magnitude, 1e-3). Under pytest the folders come from the environment variables LIBRA_GOLDEN and
-LIBRA_GOLDEN_HAPLOVL.
+over largest magnitude, 1e-3). Under pytest the folders come from the environment variables LIBRA_GOLDEN,
+LIBRA_GOLDEN_HAPLOVL and LIBRA_GOLDEN_HOVLE.
 """
 import json
 import math
@@ -364,6 +364,9 @@ def kind_of(folder):
     if "io.safetensors" not in files:
         return None
     config = json.loads((folder / "config.json").read_text()) if "config.json" in files else {}
+    if "embedding_config" in config:
+        from golden_hovle import case_hovle
+        return partial(case_hovle, tensors=tensors, compare_gradients=compare_gradients)
     if "pre_config" in config:
         from golden_haplovl import case_haplovl
         return partial(case_haplovl, tensors=tensors, compare_gradients=compare_gradients)
@@ -380,7 +383,7 @@ def folders(paths):
         yield from (folder for folder in inner if kind_of(folder))
 
 
-VARIABLES = ("LIBRA_GOLDEN", "LIBRA_GOLDEN_HAPLOVL")
+VARIABLES = ("LIBRA_GOLDEN", "LIBRA_GOLDEN_HAPLOVL", "LIBRA_GOLDEN_HOVLE")
 GOLDEN = list(folders([os.environ[name] for name in VARIABLES if os.environ.get(name)]))
 
 

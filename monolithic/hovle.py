@@ -1,0 +1,305 @@
+"""HoVLE (Tao et al., CVPR 2025): a holistic embedding module turns patches and text into what an LLM reads as words.
+
+    python -m monolithic.hovle --stage 1 --llm vicuna-7b-v1.5 --clip clip-vit-large-patch14-336 --out runs/hovle-1
+    python -m monolithic.hovle --stage 2 --model runs/hovle-1 --data 'coyo/{00000..07776}.tar' --out runs/hovle-2
+    python -m monolithic.hovle --stage 3 --model runs/hovle-2 --data llava_v1_5_mix665k.json --images DIR
+
+Stage 1 distils the module, stage 2 trains it alone on the next token, stage 3 trains all. "Ours" marks what the paper
+leaves open. Letters: B rows, L positions, C width of both halves, g patches of a tile's side, n tiles of a batch.
+"""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tokenizer
+from common.cli import POSITIVE, run
+from common.config import check_divisible, make_config
+from common.weights import UserError, assign, read_folder, read_json, shapes_only
+from llama import Block, Linear, Llama, LlamaConfig
+from model import cross_entropy
+from monolithic import internlm2, shared
+from pretrain import train
+from text import Text
+from training.checkpoints import fingerprint
+
+# ImageNet's; fields of config.json with the only value under which a model is the one computed here
+MEAN, STD = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
+FIXED = {"hidden_act": "silu", "attention_bias": False, "bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+         "num_channels": 3, "use_ls": False, "drop_path_rate": 0, "use_pixel_shuffle_proj": True, "ps_version": "v2",
+         "downsample_ratio": 0.5, "special_token_maps": {}, "dynamic_image_size": True, "min_dynamic_patch": 1}
+
+
+@dataclass
+class HalfConfig(LlamaConfig):
+    """embedding_config (the module) or llm_config of config.json; both halves know the fields of pictures."""
+    image_size: int = 448                                 # of the table of positions
+    patch_size: int = 14
+    img_context_token_id: int = 92546                     # <img> and </img> are the two ids before it
+    pixel_shuffle_loc: str = "pre"                        # "post" (HD): the module reads all patches
+    force_image_size: int = 448                           # S of a tile
+    max_dynamic_patch: int = 6                            # most tiles of a row
+    use_thumbnail: bool = True
+    normalize_encoder_output: bool = False                # the module's output to length 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        for side in (self.image_size, self.force_image_size):
+            check_divisible(side, 2 * self.patch_size, "2 x 2 patches become one token")
+        if self.pixel_shuffle_loc not in ("pre", "post") or self.img_context_token_id < 2:
+            raise UserError(f"pixel_shuffle_loc is {self.pixel_shuffle_loc!r}, expected pre or post; or there are no "
+                            f"ids for <img> and </img> before img_context_token_id {self.img_context_token_id}")
+        self.default_image_size, token = self.force_image_size, self.img_context_token_id     # names of shared.py
+        self.image_token_index, self.edges = token, ([token - 2], [token - 1])
+        self.grid = self.force_image_size // self.patch_size // 2             # tokens of a tile's side
+
+    def prepare(self, image, n_pictures):
+        """RGB PIL image, one of n in a row, which share the tiles -> tiles (n, 3, S, S); order of its tokens"""
+        most = max(1, self.max_dynamic_patch // n_pictures)
+        tiles = shared.dynamic_tiles(image, self.force_image_size, most, self.use_thumbnail)
+        return shared.to_pixels(tiles, MEAN, STD), torch.arange(len(tiles) * self.grid ** 2)
+
+
+PICTURES = [name for name in HalfConfig.__dataclass_fields__ if name not in LlamaConfig.__dataclass_fields__]
+
+
+def read_config(path):
+    """-> base (the LLM), pre (the module)"""
+    top = read_json(path)
+    module, llm = (top.get(name) for name in ("embedding_config", "llm_config"))
+    if not isinstance(module, dict) or not isinstance(llm, dict):
+        raise UserError(f"{path}: no HoVLE: expected in it embedding_config and llm_config")
+    for part in (top, module, {"bias": True} | llm):      # the default of the released code
+        scaling = part.get("rope_scaling") or {"type": "dynamic"}     # without effect within max_position_embeddings
+        wrong = [name for name, known in FIXED.items() if part.get(name, known) not in (None, known)]
+        if wrong or not isinstance(scaling, dict) or scaling.get("type") != "dynamic":
+            name = (wrong or ["rope_scaling"])[0]
+            raise UserError(f"{path}: {name} is {part[name]!r:.99}, which HoVLE does not compute")
+    pictures = {"force_image_size": module.get("image_size")} | module | top
+    pictures, halves = {name: pictures[name] for name in PICTURES if name in pictures}, []
+    for part in (llm, {"vocab_size": module.get("llm_vocab_size")} | module):
+        half = {key: value for key, value in (part | pictures).items() if value is not None}
+        halves.append(make_config(HalfConfig, {key: half[key] for key in HalfConfig.__dataclass_fields__ & half.keys()},
+                                  path))
+    if halves[0].hidden_size != halves[1].hidden_size:
+        raise UserError(f"{path}: the module's hidden_size is not the LLM's; expected one size")
+    return halves
+
+
+# ---------------------------------------------------------------- the model
+
+def pixel_shuffle(x):
+    """(n, g*g, C) -> (n, g*g / 4, 4C): 2 x 2 patches become one, with the channels in the order row, column, C"""
+    n, length, width = x.shape
+    half = int(length ** 0.5) // 2
+    return x.view(n, half, 2, half, 2, width).transpose(2, 3).reshape(n, half * half, 4 * width)
+
+
+class Embedder(nn.Module):
+    """The holistic embedding module"""
+
+    def __init__(self, base, pre):
+        super().__init__()
+        self.base, self.pre, self.halves, self.text, self.checkpoint_activations = base, pre, (pre, base), None, False
+        width, m, v = pre.hidden_size, nn.Module(), nn.Module()
+        self.embedding_model, m.vision_embeddings = m, v
+        v.class_embedding = nn.Parameter(torch.zeros(1, 1, width), requires_grad=False)       # never used
+        positions = 1 + (pre.image_size // pre.patch_size) ** 2                               # the first is never used
+        v.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, positions, width), std=0.02))
+        v.patch_embedding = nn.Conv2d(3, width, pre.patch_size, stride=pre.patch_size)
+        m.llm_text_embeddings = nn.Embedding(pre.vocab_size, width)
+        m.pixel_shuffle_proj = nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, width))
+        m.encoder = nn.ModuleList(Block(pre) for _ in range(pre.num_hidden_layers))
+
+    def patches(self, tiles):
+        """(n, 3, S, S) -> (n, g*g, C) with positions; the table is resized to the grid of other tiles"""
+        v, side = self.embedding_model.vision_embeddings, self.pre.image_size // self.pre.patch_size
+        x = v.patch_embedding(tiles.to(v.patch_embedding.weight.dtype))
+        table = v.position_embedding[:, 1:].mT.unflatten(2, (side, side))
+        if side != x.shape[-1]:
+            table = F.interpolate(table.float(), x.shape[-2:], mode="bicubic", align_corners=False).to(table.dtype)
+        return (x + table).flatten(2).mT
+
+    def lengthen(self, ids):
+        """"post": the row of the module, with 4 patches for each image token -> ids (B, its length), the place in it of
+        each token (B, L)"""
+        repeats = 1 + 3 * (ids == self.pre.image_token_index).long()
+        ends = repeats.cumsum(1)
+        places = torch.arange(int(ends[:, -1].max()), device=ids.device).repeat(len(ids), 1)
+        return F.pad(ids, (0, 1)).gather(1, torch.searchsorted(ends, places, right=True)), ends - repeats
+
+    def encode(self, ids, batch=None, cache=None):
+        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> what the LLM reads"""
+        m, post = self.embedding_model, batch is not None and self.pre.pixel_shuffle_loc == "post"
+        rows, places = self.lengthen(ids) if post else (ids, None)
+        x = m.llm_text_embeddings(rows)
+        if batch is not None:
+            vectors, image_index = self.patches(batch.tiles), batch.image_index
+            if post:
+                image_index = (rows == self.pre.image_token_index).flatten().nonzero()[:, 0]
+            else:
+                vectors = m.pixel_shuffle_proj(pixel_shuffle(vectors))
+            x = shared.insert(x, image_index, vectors.flatten(0, 1))
+        x = shared.run_layers(x, m.encoder, self.pre, cache, None, self.checkpoint_activations)
+        if post:
+            vectors = m.pixel_shuffle_proj(pixel_shuffle(x.flatten(0, 1)[image_index].view_as(vectors)))
+            x = shared.insert(x.take_along_dim(places[..., None], 1), batch.image_index, vectors.flatten(0, 1))
+        return F.normalize(x, dim=-1) if self.pre.normalize_encoder_output else x
+
+
+class HoVLE(Embedder):
+    """`text` is set when the model came from a folder with tokenizer.model."""
+    generate = shared.generate
+
+    def __init__(self, base, pre):
+        super().__init__(base, pre)
+        self.language_model = Llama(base)
+        self.apply(shared.initialise)
+        self.language_model.model.embed_tokens.requires_grad_(False)                          # never used
+
+    @property
+    def lm_head(self):
+        return self.language_model.lm_head
+
+    def hidden(self, ids, batch=None, caches=(None, None)):
+        """As encode, with a cache for each half -> (B, L, C) after the final norm"""
+        x, llm = self.encode(ids, batch, caches[0]), self.language_model.model
+        return llm.norm(shared.run_layers(x, llm.layers, self.base, caches[1], None, self.checkpoint_activations))
+
+    def forward(self, batch, weights=None):
+        """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of
+        the targets; divide by the sum of weights[:, 1:], where other tokens count too"""
+        where = batch.loss_mask[:, 1:]
+        hidden, targets = self.hidden(batch.ids, batch)[:, :-1][where], batch.ids[:, 1:][where]
+        if weights is None:
+            return cross_entropy(self.lm_head, hidden, targets)
+        return weights[:, 1:][where] @ F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+
+    def row_lengths(self, rows):
+        """Lengths of the rows in both halves"""
+        longer = 3 * (self.pre.pixel_shuffle_loc == "post")
+        return [[len(row) + longer * row.count(self.pre.image_token_index) for row in rows], [len(row) for row in rows]]
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
+        with shapes_only():
+            model = cls(*read_config(Path(folder) / "config.json"))
+        assign(model, internlm2.unpack(read_folder(folder, dtype), model.config_of, folder), folder)
+        if (path := Path(folder) / "tokenizer.model").exists():
+            model.text = Text(path)
+        return model.to(device)
+
+    def config_of(self, name):
+        return self.base if name.startswith("language_model.") else self.pre
+
+    def save_pretrained(self, folder, tensors=None):
+        """As shared.save_folder, with the released names"""
+        top = {name: getattr(self.pre, name) for name in PICTURES}
+        config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": asdict(self.base) | {"bias": False},
+                  "embedding_config": asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}}
+        shared.save_folder(folder, internlm2.pack(tensors or self.state_dict(), self.config_of), self.text, config)
+
+
+# ---------------------------------------------------------------- stage 1: distillation; 2: the module; 3: all
+
+class UnpairedBuilder(shared.ChatBuilder):
+    """Samples of stage 1: the pictures of one behind the <s> of the text of the one before it in the pass (ours)"""
+
+    def collate(self, samples, bad):
+        rows = []
+        for sample, other in zip(samples, samples[-1:] + samples[:-1]):
+            image = [token for token, label in zip(sample["ids"], sample["labels"]) if not label]
+            words = [token for token, label in zip(other["ids"], other["labels"]) if label]
+            ids, labels = words[:1] + image + words[1:], [1] + [0] * len(image) + [1] * (len(words) - 1)
+            rows.append(sample | {"ids": ids[:self.max_length], "labels": labels[:self.max_length]})
+        return super().collate(rows, bad)
+
+
+class Distillation(Embedder):
+    """The module with a head to CLIP's width, which is dropped afterwards (ours: who the teacher is, the head). The
+    text's target is the LLM's table, which the module's starts from."""
+
+    def __init__(self, base, pre, llm, clip_width):
+        super().__init__(base, pre)
+        self.vision_head = Linear(pre.hidden_size, clip_width)
+        self.apply(shared.initialise)
+        table = self.embedding_model.llm_text_embeddings.weight
+        table.data[:llm.config.vocab_size] = llm.model.embed_tokens.weight    # the three new ids start at random
+
+    def forward(self, batch, features, table):
+        """features (n, tokens of a tile, width): CLIP's; table (V, C): the LLM's. -> sums over rows of the means over
+        their image tokens and over their text tokens of 1 - cosine, so that both count the same"""
+        x, image, text = self.encode(batch.ids, batch), batch.image_index, batch.loss_mask.flatten().nonzero()[:, 0]
+        pairs = ((image, self.vision_head(x.flatten(0, 1)[image]), features.flatten(0, 1)),
+                 (text, x.flatten(0, 1)[text], table[batch.ids.flatten()[text]]))
+        for places, ours, theirs in pairs:
+            rows = places // batch.ids.shape[1]
+            losses = 1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1)
+            yield (losses / torch.bincount(rows)[rows]).sum()
+
+    def save_pretrained(self, folder, tensors=None):
+        """The HoVLE that stage 2 starts from, with the LLM's layers. Ours: zeros for the three ids in its tables"""
+        tensors, llm = dict(tensors or self.state_dict()), Llama.from_pretrained(self.text.path.parent).state_dict()
+        dtype = tensors.pop("vision_head.weight").dtype
+        for name, x in llm.items():
+            new_ids = 3 * (name in ("model.embed_tokens.weight", "lm_head.weight"))
+            tensors[f"language_model.{name}"] = (F.pad(x, (0, 0, 0, 3)) if new_ids else x).to(dtype)
+        HoVLE.save_pretrained(self, folder, tensors)
+
+
+def distill(args, dist):
+    """-> the model of stage 1, its loss. Ours: tiles of the CLIP's size in patches of half its side, so that an image
+    token is one patch of the CLIP"""
+    llm, text, clip, sizes = shared.new_parts(args)
+    n, side = llm.config.vocab_size, sizes["image_size"]
+    check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
+    both = asdict(llm.config) | {"vocab_size": n + 3, "img_context_token_id": n + 2, "tie_word_embeddings": False,
+                                 "image_size": side, "force_image_size": side, "patch_size": sizes["patch_size"] // 2,
+                                 "pixel_shuffle_loc": args.pixel_shuffle_loc or "pre",
+                                 "max_dynamic_patch": args.tiles or 6}
+    base, pre = HalfConfig(**both), HalfConfig(**both | {"num_hidden_layers": args.module_layers or 8})
+    model = Distillation(base, pre, llm, sizes["hidden_size"])
+    model.text = text
+    table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
+
+    def loss(wrapped, batch):
+        with torch.no_grad():                             # ours: the last layer but one
+            rgb = batch.tiles * STD.to(batch.tiles) + MEAN.to(batch.tiles)
+            pixels = (rgb - tokenizer.MEAN.to(rgb)) / tokenizer.STD.to(rgb)
+            features = clip.hidden_states(pixels.to(dist.dtype), -1)[-1][:, 1:]
+        return dict(zip(("vision", "text"), wrapped(batch, features, table)))
+    return model, loss
+
+
+def count_rows(batch):
+    """Of a batch of stage 1: rows with text and with pictures, which are what its losses are sums over"""
+    rows = (batch.image_index // batch.ids.shape[1]).unique()
+    return batch.counts() | {"text": int(batch.loss_mask.any(1).sum()), "vision": len(rows)}
+
+
+def main():
+    parser = shared.options(__doc__, "hovle", [
+        ("distillation", "captions/*.tar", 1e-4), ("the module, next token", "captions/*.tar", 1e-4),
+        ("all, next token", "chats/chat.json", 2e-5)])
+    for name, meaning in (("--module-layers", "of the module; None: 8"), ("--tiles", "most of a row; None: 6")):
+        parser.add_argument(name, type=POSITIVE, metavar="N", help=f"stage 1: {meaning}")
+    parser.add_argument("--pixel-shuffle-loc", choices=("pre", "post"), help="stage 1: post is HoVLE-HD; None: pre")
+    args, dist = shared.start(parser, "module_layers", "tiles", "pixel_shuffle_loc")
+    if args.stage == 1:
+        (model, loss), counts, blocks = distill(args, dist), count_rows, []
+    else:
+        model, loss = shared.trained_before(args, "hovle", HoVLE), lambda wrapped, batch: {"text": wrapped(batch)}
+        model.language_model.requires_grad_(args.stage == 3).model.embed_tokens.requires_grad_(False)
+        args.frozen, counts, blocks = fingerprint(model), shared.Batch.counts, model.language_model.model.layers
+    model.checkpoint_activations, longer = args.checkpoint_activations, 4 if model.pre.pixel_shuffle_loc == "post" else 1
+    most = min(args.max_length, model.base.max_position_embeddings, model.pre.max_position_embeddings // longer)
+    builder = (UnpairedBuilder if args.stage == 1 else shared.ChatBuilder)(
+        model.text, model.pre, most, args.seed, every_token=args.stage == 1)
+    train(args, dist, model, builder, loss, counts, [*model.embedding_model.encoder, *blocks])
+
+
+if __name__ == "__main__":
+    run(main)
