@@ -17,12 +17,10 @@ from torch import nn
 import llama
 from common.cli import run
 from common.config import check_divisible, make_config
-from common.weights import UserError, assign, read_json, shapes_only
+from common.weights import UserError, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
-from monolithic import shared
-from pretrain import train
-from text import Text
+from monolithic import shared, stages
 
 
 @dataclass
@@ -125,7 +123,7 @@ class PreDecoder(nn.Module):
 
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
-    generate = shared.generate
+    generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -140,23 +138,12 @@ class HaploVL(PreDecoder):
         x = self.model.pre_connector(x)
         return self.model.norm(shared.run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
 
-    def row_lengths(self, rows):
-        return [[len(row) for row in rows]] * 2
-
-    def forward(self, batch):
-        """-> the sum of the cross-entropy over the targets, each predicted from the token before it"""
-        targets = batch.loss_mask[:, 1:]
-        return cross_entropy(self.lm_head, self.hidden(batch.ids, batch)[:, :-1][targets], batch.ids[:, 1:][targets])
-
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
         """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
         with shapes_only():
             model = cls(*read_config(Path(folder) / "config.json"))
-        assign(model, llama.read_llama_tensors(folder, model.base, dtype), folder)
-        if (path := Path(folder) / "tokenizer.model").exists():
-            model.text = Text(path)
-        return model.to(device)
+        return shared.load(model, llama.read_llama_tensors(folder, model.base, dtype), folder, device)
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
@@ -212,7 +199,7 @@ def new_configs(llm, clip, aspect_ratio):
 
 def distill(args, dist):
     """-> the model of stage 1, its loss"""
-    llm, text, clip, sizes = shared.new_parts(args)
+    llm, text, clip, sizes = stages.new_parts(args)
     base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
     model = Distillation(base, pre, sizes["hidden_size"])
     model.text = text
@@ -226,18 +213,17 @@ def distill(args, dist):
 
 
 def main():
-    parser = shared.options(__doc__, "haplovl", [("distillation", "captions/*.tar", 1e-4),
+    parser = stages.options(__doc__, "haplovl", [("distillation", "captions/*.tar", 1e-4),
                                                  ("answers", "chats/chat.json", 2e-5)])
     parser.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
                         help="stage 1: a picture is up to 6 tiles (None: this), or one square")
-    args, dist = shared.start(parser, "image_aspect_ratio")
+    args, dist = stages.start(parser, "image_aspect_ratio")
     if args.stage == 1:
         model, loss = distill(args, dist)
+        stages.fit(args, dist, model, model.model.layers, loss, every_token=True)
     else:
-        model, loss = shared.trained_before(args, "haplovl", HaploVL), lambda wrapped, batch: {"text": wrapped(batch)}
-    model.checkpoint_activations = args.checkpoint_activations
-    builder = shared.ChatBuilder(model.text, model.base, args.max_length, args.seed, every_token=args.stage == 1)
-    train(args, dist, model, builder, loss, shared.Batch.counts, model.model.layers)
+        model = stages.trained_before(args, "haplovl", HaploVL)
+        stages.fit(args, dist, model, model.model.layers)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from torch import nn
 import tokenizer
 from common.cli import POSITIVE, run
 from common.config import check_divisible, make_config
-from common.weights import UserError, assign, read_folder, read_json, shapes_only
+from common.weights import UserError, read_folder, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig
-from model import cross_entropy
-from monolithic import internlm2, shared
-from pretrain import train
-from text import Text
+from monolithic import internlm2, shared, stages
 from training.checkpoints import fingerprint
 
 # ImageNet's; fields of config.json with the only value under which a model is the one computed here
@@ -48,12 +45,12 @@ class HalfConfig(LlamaConfig):
         super().__post_init__()
         for side in (self.image_size, self.force_image_size):
             check_divisible(side, 2 * self.patch_size, "2 x 2 patches become one token")
-        if self.pixel_shuffle_loc not in ("pre", "post") or self.img_context_token_id < 2:
-            raise UserError(f"pixel_shuffle_loc is {self.pixel_shuffle_loc!r}, expected pre or post; or there are no "
-                            f"ids for <img> and </img> before img_context_token_id {self.img_context_token_id}")
         self.default_image_size, token = self.force_image_size, self.img_context_token_id     # names of shared.py
         self.image_token_index, self.edges = token, ([token - 2], [token - 1])
         self.grid = self.force_image_size // self.patch_size // 2             # tokens of a tile's side
+        if self.pixel_shuffle_loc not in ("pre", "post") or not 2 <= token < self.vocab_size:
+            raise UserError(f"pixel_shuffle_loc is {self.pixel_shuffle_loc!r}, img_context_token_id {token}; expected "
+                            f"pre or post, and an id from 2 to {self.vocab_size - 1}")
 
     def prepare(self, image, n_pictures):
         """RGB PIL image, one of n in a row, which share the tiles -> tiles (n, 3, S, S); order of its tokens"""
@@ -148,10 +145,20 @@ class Embedder(nn.Module):
             x = shared.insert(x.take_along_dim(places[..., None], 1), batch.image_index, vectors.flatten(0, 1))
         return F.normalize(x, dim=-1) if self.pre.normalize_encoder_output else x
 
+    def config_of(self, name):
+        return self.base if name.startswith("language_model.") else self.pre
+
+    def save_pretrained(self, folder, tensors=None):
+        """As shared.save_folder, with the released names"""
+        top = {name: getattr(self.pre, name) for name in PICTURES}
+        config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": asdict(self.base) | {"bias": False},
+                  "embedding_config": asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}}
+        shared.save_folder(folder, internlm2.pack(tensors or self.state_dict(), self.config_of), self.text, config)
+
 
 class HoVLE(Embedder):
     """`text` is set when the model came from a folder with tokenizer.model."""
-    generate = shared.generate
+    generate, forward = shared.generate, shared.next_token_loss
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -168,15 +175,6 @@ class HoVLE(Embedder):
         x, llm = self.encode(ids, batch, caches[0]), self.language_model.model
         return llm.norm(shared.run_layers(x, llm.layers, self.base, caches[1], None, self.checkpoint_activations))
 
-    def forward(self, batch, weights=None):
-        """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of
-        the targets; divide by the sum of weights[:, 1:], where other tokens count too"""
-        where = batch.loss_mask[:, 1:]
-        hidden, targets = self.hidden(batch.ids, batch)[:, :-1][where], batch.ids[:, 1:][where]
-        if weights is None:
-            return cross_entropy(self.lm_head, hidden, targets)
-        return weights[:, 1:][where] @ F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
-
     def row_lengths(self, rows):
         """Lengths of the rows in both halves"""
         longer = 3 * (self.pre.pixel_shuffle_loc == "post")
@@ -187,36 +185,11 @@ class HoVLE(Embedder):
         """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
         with shapes_only():
             model = cls(*read_config(Path(folder) / "config.json"))
-        assign(model, internlm2.unpack(read_folder(folder, dtype), model.config_of, folder), folder)
-        if (path := Path(folder) / "tokenizer.model").exists():
-            model.text = Text(path)
-        return model.to(device)
-
-    def config_of(self, name):
-        return self.base if name.startswith("language_model.") else self.pre
-
-    def save_pretrained(self, folder, tensors=None):
-        """As shared.save_folder, with the released names"""
-        top = {name: getattr(self.pre, name) for name in PICTURES}
-        config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": asdict(self.base) | {"bias": False},
-                  "embedding_config": asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}}
-        shared.save_folder(folder, internlm2.pack(tensors or self.state_dict(), self.config_of), self.text, config)
+        tensors = internlm2.unpack(read_folder(folder, dtype), model.config_of, folder)
+        return shared.load(model, tensors, folder, device)
 
 
 # ---------------------------------------------------------------- stage 1: distillation; 2: the module; 3: all
-
-class UnpairedBuilder(shared.ChatBuilder):
-    """Samples of stage 1: the pictures of one behind the <s> of the text of the one before it in the pass (ours)"""
-
-    def collate(self, samples, bad):
-        rows = []
-        for sample, other in zip(samples, samples[-1:] + samples[:-1]):
-            image = [token for token, label in zip(sample["ids"], sample["labels"]) if not label]
-            words = [token for token, label in zip(other["ids"], other["labels"]) if label]
-            ids, labels = words[:1] + image + words[1:], [1] + [0] * len(image) + [1] * (len(words) - 1)
-            rows.append(sample | {"ids": ids[:self.max_length], "labels": labels[:self.max_length]})
-        return super().collate(rows, bad)
-
 
 class Distillation(Embedder):
     """The module with a head to CLIP's width, which is dropped afterwards (ours: who the teacher is, the head). The
@@ -232,13 +205,16 @@ class Distillation(Embedder):
     def forward(self, batch, features, table):
         """features (n, tokens of a tile, width): CLIP's; table (V, C): the LLM's. -> sums over rows of the means over
         their image tokens and over their text tokens of 1 - cosine, so that both count the same"""
-        x, image, text = self.encode(batch.ids, batch), batch.image_index, batch.loss_mask.flatten().nonzero()[:, 0]
-        pairs = ((image, self.vision_head(x.flatten(0, 1)[image]), features.flatten(0, 1)),
-                 (text, x.flatten(0, 1)[text], table[batch.ids.flatten()[text]]))
-        for places, ours, theirs in pairs:
+        x, image, text = self.encode(batch.ids, batch).flatten(0, 1), batch.image_index, batch.loss_mask.view(-1)
+        text = text.nonzero()[:, 0]
+        words = table[batch.ids.view(-1)[text]]
+
+        def sum_of_means(places, ours, theirs):
             rows = places // batch.ids.shape[1]
             losses = 1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1)
-            yield (losses / torch.bincount(rows)[rows]).sum()
+            return (losses / torch.bincount(rows)[rows]).sum()
+        return (sum_of_means(image, self.vision_head(x[image]), features.flatten(0, 1)),
+                sum_of_means(text, x[text], words))
 
     def save_pretrained(self, folder, tensors=None):
         """The HoVLE that stage 2 starts from, with the LLM's layers. Ours: zeros for the three ids in its tables"""
@@ -247,13 +223,13 @@ class Distillation(Embedder):
         for name, x in llm.items():
             new_ids = 3 * (name in ("model.embed_tokens.weight", "lm_head.weight"))
             tensors[f"language_model.{name}"] = (F.pad(x, (0, 0, 0, 3)) if new_ids else x).to(dtype)
-        HoVLE.save_pretrained(self, folder, tensors)
+        super().save_pretrained(folder, tensors)
 
 
 def distill(args, dist):
     """-> the model of stage 1, its loss. Ours: tiles of the CLIP's size in patches of half its side, so that an image
     token is one patch of the CLIP"""
-    llm, text, clip, sizes = shared.new_parts(args)
+    llm, text, clip, sizes = stages.new_parts(args)
     n, side = llm.config.vocab_size, sizes["image_size"]
     check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
     both = asdict(llm.config) | {"vocab_size": n + 3, "img_context_token_id": n + 2, "tie_word_embeddings": False,
@@ -281,24 +257,23 @@ def count_rows(batch):
 
 
 def main():
-    parser = shared.options(__doc__, "hovle", [
+    parser = stages.options(__doc__, "hovle", [
         ("distillation", "captions/*.tar", 1e-4), ("the module, next token", "captions/*.tar", 1e-4),
         ("all, next token", "chats/chat.json", 2e-5)])
     for name, meaning in (("--module-layers", "of the module; None: 8"), ("--tiles", "most of a row; None: 6")):
         parser.add_argument(name, type=POSITIVE, metavar="N", help=f"stage 1: {meaning}")
     parser.add_argument("--pixel-shuffle-loc", choices=("pre", "post"), help="stage 1: post is HoVLE-HD; None: pre")
-    args, dist = shared.start(parser, "module_layers", "tiles", "pixel_shuffle_loc")
+    args, dist = stages.start(parser, "module_layers", "tiles", "pixel_shuffle_loc")
+    model, loss = distill(args, dist) if args.stage == 1 else (stages.trained_before(args, "hovle", HoVLE), None)
+    if model.pre.pixel_shuffle_loc == "post":             # the row of the module is up to four times as long
+        args.max_length = min(args.max_length, model.pre.max_position_embeddings // 4)
     if args.stage == 1:
-        (model, loss), counts, blocks = distill(args, dist), count_rows, []
+        stages.fit(args, dist, model, model.embedding_model.encoder, loss, count_rows, shared.UnpairedBuilder, True)
     else:
-        model, loss = shared.trained_before(args, "hovle", HoVLE), lambda wrapped, batch: {"text": wrapped(batch)}
-        model.language_model.requires_grad_(args.stage == 3).model.embed_tokens.requires_grad_(False)
-        args.frozen, counts, blocks = fingerprint(model), shared.Batch.counts, model.language_model.model.layers
-    model.checkpoint_activations, longer = args.checkpoint_activations, 4 if model.pre.pixel_shuffle_loc == "post" else 1
-    most = min(args.max_length, model.base.max_position_embeddings, model.pre.max_position_embeddings // longer)
-    builder = (UnpairedBuilder if args.stage == 1 else shared.ChatBuilder)(
-        model.text, model.pre, most, args.seed, every_token=args.stage == 1)
-    train(args, dist, model, builder, loss, counts, [*model.embedding_model.encoder, *blocks])
+        llm = model.language_model.requires_grad_(args.stage == 3)
+        llm.model.embed_tokens.requires_grad_(False)
+        args.frozen = fingerprint(model)
+        stages.fit(args, dist, model, [*model.embedding_model.encoder, *llm.model.layers])
 
 
 if __name__ == "__main__":

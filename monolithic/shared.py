@@ -1,9 +1,8 @@
-"""Around the models of this folder: pictures as tiles, rows of ids with image tokens, samples, token by token, stages.
+"""Around the models of this folder: pictures as tiles, rows of ids with image tokens, samples, token by token.
 
 Tiles are LLaVA-OneVision's "anyres" as HaploVL uses it, and InternVL's as HoVLE does. Letters: B rows, L positions, n
 image tokens of a batch, S pixels and g patches of a tile's side, R x C tiles of a picture.
 """
-import argparse
 import math
 import re
 import shutil
@@ -22,16 +21,14 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from common.cli import POSITIVE, TOY, Help, require_path
 from common.pictures import open_image
 from common.sampling import Sampler, Step
-from common.weights import UserError, assign, save_tensors, shapes_only, write_json
+from common.weights import UserError, assign, save_tensors, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, Llama, causal_attention, linear, rope_tables
+from llama import Attention, KVCache, causal_attention, linear, rope_tables
+from model import cross_entropy
 from text import IMG, Text
-from tokenizer import MEAN, STD, ClipViT, prepare, read_clip_sizes, read_clip_weights
-from training import engine
-from training.checkpoints import fingerprint
+from tokenizer import MEAN, STD, prepare
 
 # ---------------------------------------------------------------- tiles
 
@@ -227,9 +224,10 @@ class ChatBuilder:
     every_token: bool = False                             # all text is a target, not the answers or captions alone
 
     def __post_init__(self):
-        if self.text.vocab_size > self.config.image_token_index:
-            raise UserError(f"{self.text.path}: {self.text.vocab_size} tokens, the model beside it has "
-                            f"{self.config.image_token_index}: these files do not belong together")
+        n_text = min([self.config.image_token_index, *sum(self.config.edges, [])])
+        if self.text.vocab_size > n_text:
+            raise UserError(f"{self.text.path}: {self.text.vocab_size} tokens, the model beside it has {n_text}: these "
+                            "files do not belong together")
 
     def __call__(self, source, place, epoch):
         name, words, pictures = read_sample(source, place)
@@ -252,6 +250,19 @@ class ChatBuilder:
         pictures = [picture for sample in samples for picture in sample["pictures"]]
         names = [sample["name"] for sample in samples]
         return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
+
+
+class UnpairedBuilder(ChatBuilder):
+    """Samples of stage 1: the pictures of one behind the <s> of the text of the one before it in the pass (ours)"""
+
+    def collate(self, samples, bad):
+        rows = []
+        for sample, other in zip(samples, samples[-1:] + samples[:-1]):
+            image = [token for token, label in zip(sample["ids"], sample["labels"]) if not label]
+            words = [token for token, label in zip(other["ids"], other["labels"]) if label]
+            ids, labels = words[:1] + image + words[1:], [1] + [0] * len(image) + [1] * (len(words) - 1)
+            rows.append(sample | {"ids": ids[:self.max_length], "labels": labels[:self.max_length]})
+        return super().collate(rows, bad)
 
 
 # ---------------------------------------------------------------- layers, weights
@@ -285,6 +296,24 @@ def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
     return x
 
 
+def next_token_loss(model, batch, weights=None):
+    """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of the
+    targets; divide by the sum of weights[:, 1:], where tokens that are no targets count too"""
+    where = batch.loss_mask[:, 1:]
+    hidden, targets = model.hidden(batch.ids, batch)[:, :-1][where], batch.ids[:, 1:][where]
+    if weights is None:
+        return cross_entropy(model.lm_head, hidden, targets)
+    return weights[:, 1:][where] @ F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+
+
+def load(model, tensors, folder, device):
+    """Into a model built by shapes_only; with the folder's text, if it has tokenizer.model. -> the model"""
+    assign(model, tensors, folder)
+    if (path := Path(folder) / "tokenizer.model").exists():
+        model.text = Text(path)
+    return model.to(device)
+
+
 def save_folder(folder, tensors, text, config):
     """A model folder: config.json, model.safetensors, tokenizer.model. tensors: of all processes"""
     folder = Path(folder)
@@ -296,6 +325,10 @@ def save_folder(folder, tensors, text, config):
 
 
 # ---------------------------------------------------------------- token by token
+
+def row_lengths(model, rows):
+    return [[len(row) for row in rows]] * len(model.halves)
+
 
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
@@ -342,56 +375,3 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampl
         if done.all() or number == max_new_tokens - 1:
             return
         last = step(tokens, tokens[:0])
-
-
-# ---------------------------------------------------------------- the commands
-
-def options(doc, name, stages):
-    """stages: [(what it does, --data in the toy world, learning rate), ...] -> the parser of the stage that is asked"""
-    first, numbers = argparse.ArgumentParser(add_help=False), range(1, len(stages) + 1)
-    first.add_argument("--stage", type=int, choices=numbers, default=1)
-    stage = first.parse_known_args()[0].stage
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, prog=f"python -m monolithic.{name}")
-    g = parser.add_argument_group("the model and its samples")
-    g.add_argument("--stage", type=int, choices=numbers, required=True,
-                   help="; ".join(f"{n}: {what}" for n, (what, _, _) in enumerate(stages, 1)))
-    g.add_argument("--llm", metavar="DIR", help=f"stage 1: Hugging Face LLaMA folder; None: {TOY}/llama")
-    g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
-    g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
-    g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
-    _, data, lr = stages[stage - 1]
-    engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
-                       steps=30_000, warmup=900, batch=128, lr=lr)            # the recipe is ours
-    return parser
-
-
-def start(parser, *stage_1):
-    """stage_1: names of the options that, as --llm and --clip, shape a new model -> args, dist"""
-    args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
-    if args.plan:
-        raise UserError("--plan counts Libra's parts only")
-    if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
-        words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
-        raise UserError(f"{words} belong to stage 1, --model to the later ones")
-    dist = engine.setup(args)
-    args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
-    return args, dist
-
-
-def new_parts(args):
-    """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
-    folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, text, sizes = Llama.from_pretrained(folder), Text(folder / "tokenizer.model"), read_clip_sizes(clip_folder)
-    with shapes_only():
-        clip = ClipViT(**sizes)
-    assign(clip, read_clip_weights(clip_folder), clip_folder)
-    args.frozen = fingerprint(llm.requires_grad_(False), clip.requires_grad_(False))
-    return llm, text, clip, sizes
-
-
-def trained_before(args, name, cls):
-    """Later stages -> the model of the stage before"""
-    folder = Path(require_path(args.model or TOY / f"{name}-{args.stage - 1}"))
-    model = cls.from_pretrained(folder)
-    model.text = Text(folder / "tokenizer.model")
-    return model

@@ -22,7 +22,7 @@ def case_hovle(folder, report, tensors, compare_gradients):
         return
     weights, io = tensors(folder / "model.safetensors"), tensors(folder / "io.safetensors")
     base, pre = read_config(folder / "config.json")
-    if "pixel_values" in io:                              # tiles of another size than config.json's: the table is resized
+    if "pixel_values" in io:                              # tiles of another size than in config.json: a resized table
         for half in (base, pre):
             half.force_image_size = io["pixel_values"].shape[-1]
             half.__post_init__()
@@ -125,7 +125,7 @@ def released_gradients(model):
 def compare_generation(model, io, report):
     c, new, prompts, pictures, used = model.base, io["gen.new_ids"], [], [], 0
     ids = io.get("gen.input_ids", io["input_ids"])
-    mask = torch.ones_like(ids).bool() if "gen.input_ids" in io else io.get("attention_mask", torch.ones_like(ids)).bool()
+    mask = io.get("attention_mask", torch.ones_like(ids)).bool() if "gen.input_ids" not in io else torch.ones_like(ids)
     mask = io.get("gen.attention_mask", mask).bool()
     tiles = [io[name] for name in ("pixel_values", "gen.pixel_values") if name in io]
     tiles = torch.cat(tiles) if tiles else torch.zeros(0)

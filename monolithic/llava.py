@@ -1,0 +1,99 @@
+"""A LLaVA-like model, with a vision encoder, to compare the others with: CLIP, an MLP of two layers, a LLaMA.
+
+    python -m monolithic.llava --stage 1 --llm vicuna-7b-v1.5 --clip clip-vit-large-patch14-336 --out runs/llava-1
+    python -m monolithic.llava --stage 2 --model runs/llava-1 --data llava_v1_5_mix665k.json --images DIR
+
+Stage 1 trains the MLP alone, stage 2 all, CLIP too (LLaVA-1.5 keeps it as it is).
+"""
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.cli import run
+from common.config import make_config
+from common.weights import UserError, assign, read_folder, read_json, shapes_only
+from llama import Linear, Llama, LlamaConfig
+from monolithic import shared, stages
+from tokenizer import ClipConfig, ClipViT, prepare
+from training.checkpoints import fingerprint
+
+
+@dataclass
+class LlavaConfig(LlamaConfig):
+    image_token_index: int = 32000                        # of <image>, which has no row in the LLaMA's table
+    clip: dict = field(default_factory=dict)              # the fields of ClipConfig
+    edges = [], []                                        # nothing stands around image tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        c = make_config(ClipConfig, self.clip, "clip")
+        self.clip, self.default_image_size, self.grid = asdict(c), c.image_size, c.image_size // c.patch_size
+
+    def prepare(self, image, _):
+        return prepare(image, self.default_image_size)[None], torch.arange(self.grid ** 2)
+
+
+def projector(config):
+    width = config.hidden_size
+    return nn.Sequential(Linear(config.clip["hidden_size"], width, True), nn.GELU(), Linear(width, width, True))
+
+
+class Llava(Llama):
+    generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.halves, self.text, self.checkpoint_activations = (config,), None, False
+        self.model["vision_tower"], self.model["mm_projector"] = ClipViT(**config.clip), projector(config)
+
+    def hidden(self, ids, batch=None, caches=(None,)):
+        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D)"""
+        m, clip = self.model, self.model.vision_tower
+        x = m.embed_tokens(ids.clamp(max=self.config.vocab_size - 1))
+        if batch is not None:                             # patches of the last layer but one
+            features = clip.hidden_states(batch.tiles.to(clip.embeddings.class_embedding.dtype), -1)[-1][:, 1:]
+            x = shared.insert(x, batch.image_index, m.mm_projector(features).flatten(0, 1))
+        return m.norm(shared.run_layers(x, m.layers, self.config, caches[0], None, self.checkpoint_activations))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device="cpu"):
+        values = read_json(path := Path(folder) / "config.json")
+        if values.pop("model_type", None) != "llava_llama":
+            raise UserError(f"{path}: expected model_type llava_llama")
+        with shapes_only():
+            model = cls(make_config(LlavaConfig, values, path))
+        return shared.load(model, read_folder(folder, dtype), folder, device)
+
+    def save_pretrained(self, folder, tensors=None):
+        config = {"model_type": "llava_llama", **asdict(self.config)}
+        shared.save_folder(folder, tensors or self.state_dict(), self.text, config)
+
+
+def new_model(args):
+    llm, text, clip, sizes = stages.new_parts(args)
+    sizes = asdict(llm.config) | {"clip": sizes, "image_token_index": llm.config.vocab_size}
+    with shapes_only():
+        model = Llava(LlavaConfig(**sizes | {"tie_word_embeddings": False}))
+    parts = {"vision_tower": clip, "mm_projector": projector(model.config).apply(shared.initialise)}
+    tensors = {f"model.{part}.{name}": x for part in parts for name, x in parts[part].state_dict().items()}
+    assign(model, {name: x.clone() for name, x in (llm.state_dict() | tensors).items()}, args.llm)
+    model.text = text
+    return model
+
+
+def main():
+    parser = stages.options(__doc__, "llava", [("the MLP", "captions/*.tar", 1e-3), ("all", "chats/chat.json", 2e-5)])
+    args, dist = stages.start(parser)
+    model = new_model(args) if args.stage == 1 else stages.trained_before(args, "llava", Llava)
+    m = model.requires_grad_(args.stage == 2).model
+    for part, learns in ((m.mm_projector, True), (m.vision_tower.encoder.layers[-1], False),
+                         (m.vision_tower.post_layernorm, False)):
+        part.requires_grad_(learns)                       # what CLIP computes behind the layer that is read is not used
+    args.frozen = fingerprint(model)
+    stages.fit(args, dist, model, [*m.vision_tower.encoder.layers, *m.layers])
+
+
+if __name__ == "__main__":
+    run(main)
