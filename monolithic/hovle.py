@@ -60,6 +60,7 @@ class HalfConfig(LlamaConfig):
 
 
 PICTURES = [name for name in HalfConfig.__dataclass_fields__ if name not in LlamaConfig.__dataclass_fields__]
+OF_MODULE, OF_TOP = PICTURES[:4], PICTURES[4:]            # where they stand in config.json
 
 
 def read_config(path):
@@ -74,12 +75,11 @@ def read_config(path):
         if wrong or not isinstance(scaling, dict) or scaling.get("type") != "dynamic":
             name = (wrong or ["rope_scaling"])[0]
             raise UserError(f"{path}: {name} is {part[name]!r:.99}, which HoVLE does not compute")
-    pictures = {"force_image_size": module.get("image_size")} | module | top
-    pictures, halves = {name: pictures[name] for name in PICTURES if name in pictures}, []
+    pictures = {name: module.get(name) for name in OF_MODULE} | {name: top.get(name) for name in OF_TOP}
+    pictures["force_image_size"], halves = pictures["force_image_size"] or module.get("image_size"), []
     for part in (llm, {"vocab_size": module.get("llm_vocab_size")} | module):
-        half = {key: value for key, value in (part | pictures).items() if value is not None}
-        halves.append(make_config(HalfConfig, {key: half[key] for key in HalfConfig.__dataclass_fields__ & half.keys()},
-                                  path))
+        half = {name: (part | pictures).get(name) for name in HalfConfig.__dataclass_fields__}
+        halves.append(make_config(HalfConfig, {key: x for key, x in half.items() if x is not None}, path))
     if halves[0].hidden_size != halves[1].hidden_size:
         raise UserError(f"{path}: the module's hidden_size is not the LLM's; expected one size")
     return halves
@@ -150,9 +150,10 @@ class Embedder(nn.Module):
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder, with the released names"""
-        top = {name: getattr(self.pre, name) for name in PICTURES}
-        config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": asdict(self.base) | {"bias": False},
-                  "embedding_config": asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}}
+        llm, module = asdict(self.base), asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}
+        top = {name: module.pop(name) for name in OF_TOP}
+        llm = {name: x for name, x in llm.items() if name not in PICTURES} | {"bias": False}
+        config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": llm, "embedding_config": FIXED | module}
         shared.save_folder(folder, internlm2.pack(tensors or self.state_dict(), self.config_of), self.text, config)
 
 
@@ -176,7 +177,6 @@ class HoVLE(Embedder):
         return llm.norm(shared.run_layers(x, llm.layers, self.base, caches[1], None, self.checkpoint_activations))
 
     def row_lengths(self, rows):
-        """Lengths of the rows in both halves"""
         longer = 3 * (self.pre.pixel_shuffle_loc == "post")
         return [[len(row) + longer * row.count(self.pre.image_token_index) for row in rows], [len(row) for row in rows]]
 
