@@ -381,14 +381,13 @@ def test_stages_resume_bit_for_bit(stages, tmp_path, stage):
 
 @pytest.mark.slow
 def test_two_processes(stages, tmp_path):
-    """ddp and fsdp learn what one process does; in stage 1 each pass has its own pairs, here the same ones"""
+    """They learn what one process does; in stage 1 each pass of three has its own pairs, as there"""
     words, out = stages
-    for engine in ("ddp", "fsdp"):
-        for stage, options in words.items():
-            run("monolithic.hovle", *options, "--micro-batch 3 --steps 2 --engine", engine, "--out",
-                tmp_path / engine / stage, processes=2)
-            for alone, both in zip(log(out / stage), log(tmp_path / engine / stage)):
-                assert both["loss"] == pytest.approx(alone["loss"], rel=0.02)
+    for stage, engine in (("1", "ddp"), ("2", "fsdp"), ("3", "ddp")):
+        run("monolithic.hovle", *words[stage], "--micro-batch 3 --steps 2 --engine", engine, "--out",
+            tmp_path / stage, processes=2)
+        for alone, both in zip(log(out / stage), log(tmp_path / stage)):
+            assert both["loss"] == pytest.approx(alone["loss"], rel=0.02)
 
 
 @pytest.mark.slow
