@@ -35,18 +35,15 @@ class LlavaConfig(LlamaConfig):
         return prepare(image, self.default_image_size)[None], torch.arange(self.grid ** 2)
 
 
-def projector(config):
-    width = config.hidden_size
-    return nn.Sequential(Linear(config.clip["hidden_size"], width, True), nn.GELU(), Linear(width, width, True))
-
-
 class Llava(Llama):
     generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
 
     def __init__(self, config):
         super().__init__(config)
         self.halves, self.text, self.checkpoint_activations = (config,), None, False
-        self.model["vision_tower"], self.model["mm_projector"] = ClipViT(**config.clip), projector(config)
+        narrow, width = config.clip["hidden_size"], config.hidden_size
+        self.model["vision_tower"] = ClipViT(**config.clip)
+        self.model["mm_projector"] = nn.Sequential(Linear(narrow, width, True), nn.GELU(), Linear(width, width, True))
 
     def hidden(self, ids, batch=None, caches=(None,)):
         """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D)"""
@@ -67,8 +64,8 @@ class Llava(Llama):
         return shared.load(model, read_folder(folder, dtype), folder, device)
 
     def save_pretrained(self, folder, tensors=None):
-        config = {"model_type": "llava_llama", **asdict(self.config)}
-        shared.save_folder(folder, tensors or self.state_dict(), self.text, config)
+        shared.save_folder(folder, tensors or self.state_dict(), self.text,
+                           {"model_type": "llava_llama", **asdict(self.config)})
 
 
 def new_model(args):
@@ -76,10 +73,9 @@ def new_model(args):
     sizes = asdict(llm.config) | {"clip": sizes, "image_token_index": llm.config.vocab_size}
     with shapes_only():
         model = Llava(LlavaConfig(**sizes | {"tie_word_embeddings": False}))
-    parts = {"vision_tower": clip, "mm_projector": projector(model.config).apply(shared.initialise)}
-    tensors = {f"model.{part}.{name}": x for part in parts for name, x in parts[part].state_dict().items()}
-    assign(model, {name: x.clone() for name, x in (llm.state_dict() | tensors).items()}, args.llm)
-    model.text = text
+    model.model.mm_projector.to_empty(device="cpu").apply(shared.initialise)
+    model.model["vision_tower"], model.text = clip, text
+    assign(model, model.state_dict() | {name: x.clone() for name, x in llm.state_dict().items()}, args.llm)
     return model
 
 
@@ -88,9 +84,9 @@ def main():
     args, dist = stages.start(parser)
     model = new_model(args) if args.stage == 1 else stages.trained_before(args, "llava", Llava)
     m = model.requires_grad_(args.stage == 2).model
-    for part, learns in ((m.mm_projector, True), (m.vision_tower.encoder.layers[-1], False),
-                         (m.vision_tower.post_layernorm, False)):
-        part.requires_grad_(learns)                       # what CLIP computes behind the layer that is read is not used
+    m.mm_projector.requires_grad_()
+    for unused in (m.vision_tower.encoder.layers[-1], m.vision_tower.post_layernorm):
+        unused.requires_grad_(False)
     args.frozen = fingerprint(model)
     stages.fit(args, dist, model, [*m.vision_tower.encoder.layers, *m.layers])
 

@@ -51,10 +51,23 @@ def right_padded(ids, mask, pixels, config, labels=None):
     return Batch.build(padded, real, pictures, config, marks), real
 
 
+def short_ids(io, name, n_tiles, config):
+    """The row of the LLM: of "post" there is a longer one too"""
+    generated = name.startswith("gen.")
+    names = [name] + [other for other in io if other.endswith("input_ids") and other.startswith("gen.") == generated]
+    return next(io[name] for name in names if io[name].dim() == 2 and
+                (io[name] == config.image_token_index).sum() == n_tiles * config.grid ** 2)
+
+
+def mask_of(io, name, ids):
+    mask = io.get(name)
+    return torch.ones_like(ids).bool() if mask is None or mask.shape != ids.shape else mask.bool()
+
+
 def compare_case(model, io, report):
-    ids, c = io["input_ids"], model.base
-    mask = io.get("attention_mask", torch.ones_like(ids)).bool()
-    pixels, labels = io.get("pixel_values", torch.zeros(0)), io.get("labels")
+    c, pixels, labels = model.base, io.get("pixel_values", torch.zeros(0)), io.get("labels")
+    ids = short_ids(io, "input_ids", len(pixels), c)
+    mask = mask_of(io, "attention_mask", ids)
     batch, real = right_padded(ids, mask, pixels, c, labels)
     compare_forward(model, batch, real, mask, io, report)
     if "loss" in io:
@@ -124,11 +137,13 @@ def released_gradients(model):
 @torch.no_grad()
 def compare_generation(model, io, report):
     c, new, prompts, pictures, used = model.base, io["gen.new_ids"], [], [], 0
-    ids = io.get("gen.input_ids", io["input_ids"])
-    mask = io.get("attention_mask", torch.ones_like(ids)).bool() if "gen.input_ids" not in io else torch.ones_like(ids)
-    mask = io.get("gen.attention_mask", mask).bool()
-    tiles = [io[name] for name in ("pixel_values", "gen.pixel_values") if name in io]
-    tiles = torch.cat(tiles) if tiles else torch.zeros(0)
+    source = "gen.input_ids" if "gen.input_ids" in io else "input_ids"
+    found = [io[name] for name in ("pixel_values", "gen.pixel_values") if name in io]
+    n = int((io[source] == c.image_token_index).sum()) // c.grid ** 2
+    choices = [torch.zeros(0), *found[::-1], *([torch.cat(found)] if found else [])]          # the case's own, or both
+    tiles = next((x for x in choices if len(x) == n), found[-1] if found else None)
+    ids = short_ids(io, source, len(tiles), c)
+    mask = mask_of(io, source.replace("input_ids", "attention_mask"), ids)
     rows = [row[keep].tolist() for row, keep in zip(ids, mask)]
     for row in rows:
         prompt, at = [], 0
