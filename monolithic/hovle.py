@@ -43,8 +43,7 @@ class HalfConfig(LlamaConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for side in (self.image_size, self.force_image_size):
-            check_divisible(side, 2 * self.patch_size, "2 x 2 patches become one token")
+        check_divisible(self.force_image_size, 2 * self.patch_size, "2 x 2 patches become one token")
         self.default_image_size, token = self.force_image_size, self.img_context_token_id     # names of shared.py
         self.image_token_index, self.edges = token, ([token - 2], [token - 1])
         self.grid = self.force_image_size // self.patch_size // 2             # tokens of a tile's side
@@ -77,11 +76,11 @@ def read_config(path):
             raise UserError(f"{path}: {name} is {part[name]!r:.99}, which HoVLE does not compute")
     pictures = {name: module.get(name) for name in OF_MODULE} | {name: top.get(name) for name in OF_TOP}
     pictures["force_image_size"], halves = pictures["force_image_size"] or module.get("image_size"), []
-    for part in (llm, {"vocab_size": module.get("llm_vocab_size")} | module):
+    for part in (llm, module | {"vocab_size": module.get("llm_vocab_size")}):
         half = {name: (part | pictures).get(name) for name in HalfConfig.__dataclass_fields__}
         halves.append(make_config(HalfConfig, {key: x for key, x in half.items() if x is not None}, path))
-    if halves[0].hidden_size != halves[1].hidden_size:
-        raise UserError(f"{path}: the module's hidden_size is not the LLM's; expected one size")
+    if halves[0].hidden_size != halves[1].hidden_size or halves[0].vocab_size > halves[1].vocab_size:
+        raise UserError(f"{path}: the module needs the LLM's hidden_size and vocab_size, and has others")
     return halves
 
 
@@ -95,7 +94,7 @@ def pixel_shuffle(x):
 
 
 class Embedder(nn.Module):
-    """The holistic embedding module"""
+    """The holistic embedding module. `text` is set when the model came from a folder with tokenizer.model."""
 
     def __init__(self, base, pre):
         super().__init__()
@@ -150,7 +149,8 @@ class Embedder(nn.Module):
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder, with the released names"""
-        llm, module = asdict(self.base), asdict(self.pre) | {"llm_vocab_size": self.pre.vocab_size}
+        llm, module = asdict(self.base), asdict(self.pre)
+        module["llm_vocab_size"] = module.pop("vocab_size")
         top = {name: module.pop(name) for name in OF_TOP}
         llm = {name: x for name, x in llm.items() if name not in PICTURES} | {"bias": False}
         config = {"model_type": "internvl_chat", **FIXED, **top, "llm_config": llm, "embedding_config": FIXED | module}
@@ -158,7 +158,6 @@ class Embedder(nn.Module):
 
 
 class HoVLE(Embedder):
-    """`text` is set when the model came from a folder with tokenizer.model."""
     generate, forward = shared.generate, shared.next_token_loss
 
     def __init__(self, base, pre):
@@ -265,8 +264,8 @@ def main():
     parser.add_argument("--pixel-shuffle-loc", choices=("pre", "post"), help="stage 1: post is HoVLE-HD; None: pre")
     args, dist = stages.start(parser, "module_layers", "tiles", "pixel_shuffle_loc")
     model, loss = distill(args, dist) if args.stage == 1 else (stages.trained_before(args, "hovle", HoVLE), None)
-    if model.pre.pixel_shuffle_loc == "post":             # the row of the module is up to four times as long
-        args.max_length = min(args.max_length, model.pre.max_position_embeddings // 4)
+    longer = 4 if model.pre.pixel_shuffle_loc == "post" else 1                                # the row of the module
+    args.max_length = min(args.max_length, model.pre.max_position_embeddings // longer)
     if args.stage == 1:
         stages.fit(args, dist, model, model.embedding_model.encoder, loss, count_rows, shared.UnpairedBuilder, True)
     else:

@@ -253,7 +253,7 @@ def test_folders(tmp_path):
             ("embedding_config", "pixel_shuffle_loc", "mid", "mid"), ("llm_config", "hidden_size", 64, "LLM's"),
             ("embedding_config", "num_key_value_heads", 2, "heads"), ("embedding_config", "patch_size", 5, "divide"),
             ("embedding_config", "img_context_token_id", 1, "img_context"),
-            ("embedding_config", "image_size", 8, "shape")):
+            ("embedding_config", "llm_vocab_size", 94, "vocab_size"), ("embedding_config", "image_size", 8, "shape")):
         (tmp_path / "b/config.json").write_text(json.dumps(config | {half: config[half] | {name: value}}))
         with pytest.raises(UserError) as error:
             HoVLE.from_pretrained(tmp_path / "b")
