@@ -253,7 +253,8 @@ class ChatBuilder:
 
 
 class UnpairedBuilder(ChatBuilder):
-    """Samples of stage 1: the pictures of one behind the <s> of the text of the one before it in the pass (ours)"""
+    """HoVLE's stage 1: the pictures of one sample behind the <s> of the text of the one before it in the pass. Ours; a
+    pass of one sample keeps its pair."""
 
     def collate(self, samples, bad):
         rows = []
