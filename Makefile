@@ -25,7 +25,8 @@ endif
 # The recipes of the small world. Those of the paper are the scripts' defaults.
 TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --entropy-weight 1 --l2-weight 5 --clip-weight 2 \
 	--disc-start 1780 --disc-weight 0.2 --sample-every 500
-PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1
+PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1 \
+	--val-data $(TOY)/eval/held_out_captions.json --images $(TOY)/eval --val-every 550
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
 # A GPU that happens to be there would take the demo, in bfloat16

@@ -17,7 +17,7 @@ def plot_curves(axes, curves, x_label, y_label, window=1):
         n_points = len(values) // window
         points = np.array(values[:n_points * window], dtype=float).reshape(n_points, window)
         points = np.ma.masked_invalid(points).mean(1)
-        axes.plot(np.arange(n_points) * window, points, marker="." if n_points < 50 else "", label=legend)
+        axes.plot(np.arange(n_points) * window, points, marker="." if points.count() < 50 else "", label=legend)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.legend()

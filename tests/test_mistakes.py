@@ -69,7 +69,7 @@ def message_of(main, words, monkeypatch, capsys):
     (generate.main, "--batch README.md --out ./README.md", "README.md is read, and would be overwritten"),
     (generate.main, "--complete out.png", "out.png is read, and would be overwritten"),
     (data.main, "tests", "tests is a folder"),
-    (data.main, "{5..2}.tar", "stands for no file")])
+    (data.main, "x.tar@0", "stands for no file")])
 def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
     monkeypatch.chdir(tmp_path)                           # where no runs/ is
     (tmp_path / "README.md").touch()

@@ -5,7 +5,6 @@ import os
 import random
 import sys
 
-import fuzz_eval
 import pytest
 import tiny
 from test_benchmarks import FILES, MMBENCH, MMVP, PICTURE, POPE, SEED, humans, paths, save, tsv
@@ -298,9 +297,3 @@ def test_prompts(tmp_path):
     for task in ("gqa", "seed", "mm-vet"):
         write(task, tmp_path / "out", items, ["yes"])
         assert "\ud800" in json.dumps(json.loads((tmp_path / "out").read_text()), ensure_ascii=False)
-
-
-@pytest.mark.parametrize("name", fuzz_eval.CASES)
-def test_random_damage(tmp_path, name):
-    for seed in range(20):
-        fuzz_eval.CASES[name](random.Random(seed), tmp_path)

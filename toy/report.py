@@ -7,10 +7,10 @@ It scores answers by kind of question and number of objects, with blind baseline
 detector judges drawings, completions and reconstructions. Beside each number stands the bar that it should reach.
 """
 import argparse
-import json
 import textwrap
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.scores import gqa_match
 from common.cli import NATURAL, SEED, TOY, Help, require_path, run
 from common.plots import new_figure, plot_curves, show_pictures
-from common.weights import read_folder, read_json, write_json
+from common.weights import parse_json, read_folder, read_json, read_text, write_json
 from evaluate import evaluate
 from generate import answer, complete, draw, reconstruct
 from model import Libra
@@ -157,12 +157,23 @@ def plot_report(path, title, tuned, toy, models, answers, captions, drawn, given
     show_pictures(parts[2], [given[:8], completed[:8]], ["given", "completed"])
     for axes, (folder, stage, label, curves) in zip(parts[3].subplots(1, 3), (
             (toy, "tokenizer", "PSNR (dB)", {"reconstruction": "psnr"}),
-            (models, "pretrain", "loss (nats per token)", {"pictures": "image", "captions": "text"}),
+            (models, "pretrain", "loss (nats per token)", {
+                "pictures": "image", "captions": "text", "held-out pictures": "val_image",
+                "held-out captions": "val_text"}),
             (models, "sft", "loss (nats per token)", {"answers": "loss"}))):
-        log = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
-        plot_curves(axes, {name: [line[key] for line in log] for name, key in curves.items()},
+        log = read_log(folder / stage / "log.jsonl")
+        plot_curves(axes, {name: [line.get(key) for line in log] for name, key in curves.items()},
                     f"step of {stage}", label, window=max(1, len(log) // 200))
     figure.savefig(path)
+
+
+def read_log(path):
+    """The lines of a log.jsonl; where a run was killed or the disk was full, one may be broken: it is left out"""
+    lines = []
+    for line in read_text(path).splitlines():
+        with suppress(ValueError):
+            lines += [entry for entry in [parse_json(line)] if isinstance(entry, dict)]
+    return lines
 
 
 def print_mean(folders):
