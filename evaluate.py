@@ -27,7 +27,8 @@ from benchmarks.scores import average
 from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, require_path, run, writable_file
 from common.sampling import check_finite
 from common.weights import UserError, parse_json, write_json
-from generate import answer, encode_images, open_model
+from generate import answer, encode_images
+from monolithic import open_model
 from streams import Streams
 from text import expand_images
 from training import engine
@@ -139,8 +140,8 @@ def likeliest_choices(model, items, zeroed=False):
     """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
     letters, (codes, signal) = [], encode_images(model, [item["image"] for item in items], zeroed=zeroed)
     for n, item in enumerate(items):
-        if not item["choices"]:
-            raise UserError("--likelihood needs a benchmark with choices")
+        if not item["choices"] or not hasattr(model, "loss"):
+            raise UserError("--likelihood needs a benchmark with choices, and a Libra")
         losses = {}
         for letter, words in item["choices"].items():
             chat = model.tokenizers.text.chat([(item["question"], 1, words)])
@@ -222,9 +223,9 @@ def read_kept(path, settings):
 
 def fingerprint(model):
     """A few letters that change with the weights, the configuration or a tokenizer, and with nothing else"""
-    digest = hashlib.sha256(repr(model.config).encode())
+    digest = hashlib.sha256(repr(getattr(model, "halves", model.config)).encode())
     digest.update(model.tokenizers.text.model.serialized_model_proto())
-    for module in (model, model.tokenizers.image):
+    for module in filter(None, (model, model.tokenizers.image)):
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():                # the sum of all bits is the same in every order
                 digest.update(f"{name} {int(tensor.flatten().view(torch.int16).sum(dtype=torch.int64))}".encode())

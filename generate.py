@@ -17,6 +17,7 @@ import time
 from functools import partial
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import cli
@@ -28,6 +29,7 @@ from common.sampling import Sampler, Step, check_finite
 from common.weights import UserError
 from llama import KVCache
 from model import Libra
+from monolithic import open_model
 from streams import IMAGE, TEXT, Streams
 from text import IMG, expand_images
 from tokenizer import ImageTokenizer, prepare, to_picture, to_rgb
@@ -39,13 +41,10 @@ def place_in_image(prompt, config):
     if prompt[-1, 0] < config.vocab_size:
         return None
     opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
-    if not len(opened):
-        raise UserError("the prompt ends in image codes without a BOI before them")
+    assert len(opened), "image codes without a BOI before them"
     place, eoi_place = len(prompt) - 1 - int(opened[-1]), config.image_tokens - 1
     is_eoi = prompt[-1, 0] > config.vocab_size + config.codes
-    if place > eoi_place or is_eoi != (place == eoi_place):
-        raise UserError(f"the prompt's last image has {place} tokens behind BOI; a whole one has "
-                        f"{config.image_tokens - 2} codes and EOI")
+    assert place <= eoi_place and is_eoi == (place == eoi_place), f"{place} tokens behind BOI, expected {eoi_place}"
     return place
 
 
@@ -155,17 +154,22 @@ def encode_images(model, images, square=True, zeroed=False):
 
 
 def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
-    """Rows as `answer` takes them -> prompts, each (L, K), and the signal of all their pictures"""
-    text, prompts = model.tokenizers.text, []
-    codes, signal = encode_images(model, [picture for _, pictures in rows for picture in pictures], zeroed=zeroed)
-    codes = iter(codes)
+    """Rows as `answer` takes them -> prompts, each (L, K), and the signal; for others than Libra ids and pictures"""
+    text, prompts, is_libra = model.tokenizers.text, [], isinstance(model, Libra)
+    shown = [picture for _, pictures in rows for picture in pictures]
+    signal = [Image.new("RGB", (64, 64))] * len(shown) if zeroed else shown
+    if is_libra:
+        codes, signal = encode_images(model, shown, zeroed=zeroed)
+        codes = iter(codes)
     for question, pictures in rows:
         new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
         if raw or question is None:
             ids = [text.bos] + [IMG, text.newline] * len(pictures) + text.plain(question or "")[1:]
         else:
             ids, _ = text.chat([*history, (question, new_pictures, None)])
-        prompts.append(expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0])
+        if is_libra:
+            ids = expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0]
+        prompts.append(ids)
     return prompts, signal
 
 
@@ -178,7 +182,8 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
     """
     text, most, steps, written = model.tokenizers.text, model.config.max_position_embeddings, [], ""
     prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
-    for tokens in generate(model, prompts, signal, max_new_tokens, text.eos, **sampling):
+    continue_prompts = getattr(model, "generate", partial(generate, model))
+    for tokens in continue_prompts(prompts, signal, max_new_tokens, text.eos, **sampling):
         steps.append(tokens[:, 0].tolist())
         if out:
             words = text.decode([step[0] for step in steps])
@@ -188,11 +193,12 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
     answers = []
     for prompt, ids in zip(prompts, torch.tensor(steps).T.tolist()):
         n_tokens = ids.index(text.eos) if text.eos in ids else len(ids)
-        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), len(prompt) + n_tokens >= most))
+        cut = len(prompt) + n_tokens >= most or n_tokens == len(ids) < max_new_tokens
+        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), cut))
     if out:
         print(answers[0][0][len(written):], file=out)
-        if answers[0][2]:
-            print(f"(cut: all {most} positions of the model are used)", file=sys.stderr)
+    if out and answers[0][2]:
+        print(f"(cut: all {most} positions of the model are used)", file=sys.stderr)
     return answers
 
 
@@ -286,12 +292,6 @@ def options():
     return parser
 
 
-def open_model(args, device):
-    """The --model of a command line in its --dtype"""
-    dtype = cli.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    return Libra.from_pretrained(cli.require_path(args.model), dtype=dtype, device=device).eval()
-
-
 def save(write, path, about=""):
     """write: Image.save or Figure.savefig, which choose the format by the file's ending"""
     try:
@@ -305,15 +305,14 @@ def main():
     args = options().parse_args()
     check_options(args)
     args.out = args.out or ("answers.jsonl" if args.batch is not None else "out.png")
-    for path in (args.batch, args.complete, args.reconstruct):
-        if path is not None and os.path.realpath(path) == os.path.realpath(args.out):
-            raise UserError(f"{path} is read, and would be overwritten: give another --out")
+    if os.path.realpath(args.out) in map(os.path.realpath, filter(None, (args.batch, args.complete, args.reconstruct))):
+        raise UserError(f"{args.out} is read, and would be overwritten: give another --out")
     prompts = read_prompts(args.batch) if args.batch is not None else []
     device = cli.check_device(args.device)
-    if args.reconstruct is None:
-        model = open_model(args, device)
-    else:
-        model = ImageTokenizer.from_pretrained(cli.require_path(args.model), device)
+    model = open_model(args, device) if args.reconstruct is None else ImageTokenizer.from_pretrained(
+        cli.require_path(args.model), device)
+    if not isinstance(model, (Libra, ImageTokenizer)) and (args.draw or args.complete or args.attention):
+        raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; --draw, ... need a Libra")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
                 "graphs": not args.no_graphs}
     picture = None

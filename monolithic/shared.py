@@ -332,7 +332,7 @@ def row_lengths(model, rows):
 
 
 @torch.inference_mode()
-def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampling):
+def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=True, **sampling):
     """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare
     returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends,
     or when the longest row is at the end of the positions.
@@ -365,7 +365,7 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, **sampl
     for half_lengths, cache in zip(lengths, caches):
         cache.advance(half_lengths)
     new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
-    step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)))
+    step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)), graphs)
     sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
     for number in range(max_new_tokens):
         tokens = sampler(linear(last, head), range(len(rows)))
