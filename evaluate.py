@@ -138,10 +138,10 @@ def answer_batch(model, path, items, likelihood=False, zeroed=False, max_new_tok
 @torch.inference_mode()
 def likeliest_choices(model, items, zeroed=False):
     """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
+    if not (hasattr(model, "loss") and all(item["choices"] for item in items)):
+        raise UserError("--likelihood needs a benchmark with choices, and a Libra")
     letters, (codes, signal) = [], encode_images(model, [item["image"] for item in items], zeroed=zeroed)
     for n, item in enumerate(items):
-        if not item["choices"] or not hasattr(model, "loss"):
-            raise UserError("--likelihood needs a benchmark with choices, and a Libra")
         losses = {}
         for letter, words in item["choices"].items():
             chat = model.tokenizers.text.chat([(item["question"], 1, words)])

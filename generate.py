@@ -71,8 +71,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
     codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop`, or is at the
-    end of the positions, repeats it; when all have, generation ends. graphs: decode by CUDA graphs on a GPU. sampling:
-    temperature, top_k, top_p, seed.
+    end of the positions, repeats it; when all have, generation ends. graphs: on a GPU; sampling: see Sampler.
     """
     c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
@@ -366,13 +365,15 @@ def answer_question(model, args, sampling):
                                      **sampling)
     seconds = time.perf_counter() - began
     if args.json:
-        entry = {"question": args.question, "images": args.image, "answer": words, "cut": cut}
-        print(json.dumps(entry | {"seconds": round(seconds, 3)}, ensure_ascii=False))
+        print(json.dumps({"question": args.question, "images": args.image, "answer": words, "cut": cut,
+                          "seconds": round(seconds, 3)}, ensure_ascii=False))
     if args.verbose:
-        lookup = set() if model.config.tie_word_embeddings else {model.model.embed_tokens}    # only a row of it is read
-        size = sum(p.nbytes for module in set(model.llama_modules()) - lookup for p in module.parameters()) / 1e9
+        modules = set(model.llama_modules()) if isinstance(model, Libra) else {model}
+        if isinstance(model, Libra) and not model.config.tie_word_embeddings:
+            modules.remove(model.model.embed_tokens)      # only a row of it is read
+        size = sum(p.nbytes for module in modules for p in module.parameters()) / 1e9
         print(f"{n_tokens} tokens in {seconds:.2f} s with the prompt: {n_tokens / seconds:.1f} tokens/s. A token reads "
-              f"the LLaMA's {size:.3f} GB once, so a memory of B GB/s allows B / {size:.3f} tokens/s")
+              f"{size:.3f} GB of weights once, so a memory of B GB/s allows B / {size:.3f} tokens/s")
     if args.attention:
         show_attention(model, args.question, args.image[0], args.attention)
 
