@@ -229,12 +229,13 @@ def test_impossible_prompts_are_refused():
     c = model.config
     image = tiny.image_ids(c, generator=g)
     start = tiny.text_ids(c, 2, g)
-    for bad, message in ((torch.cat([start, image, image[1:3]]), "tokens behind BOI"),
+    for bad, message in ((torch.cat([start, image, image[1:3]]), "7 tokens behind BOI, expected 5"),
                          (torch.cat([start, image[1:3]]), "without a BOI"),
-                         (torch.cat([start, image[:2], image[-1:]]), "a whole one has 4 codes and EOI"),
-                         (torch.cat([tiny.text_ids(c, 124, g), image[:1]]), "too little room")):
-        with pytest.raises(UserError, match=message):
+                         (torch.cat([start, image[:2], image[-1:]]), "2 tokens behind BOI, expected 5")):
+        with pytest.raises(AssertionError, match=message):
             list(generate(model, [bad], None, 5))
+    with pytest.raises(UserError, match="too little room"):
+        list(generate(model, [torch.cat([tiny.text_ids(c, 124, g), image[:1]])], None, 5))
     for prompts, new in (([], 5), ([start], 0), ([start[:0]], 5)):
         with pytest.raises(UserError, match="at least one prompt"):
             list(generate(model, prompts, None, new))
