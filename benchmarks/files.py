@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import scores, toy
 from benchmarks.scores import gqa_normalise, normalise, score_captions, score_choices, score_each
-from common.entries import entries, expect, read_file, read_value
+from common.entries import entries, expect, read_value
 from common.weights import UserError, inside, read_text, write_json
 
 
@@ -78,7 +78,7 @@ def write(task, path, items, answers):
 def table_rows(path, delimiter):
     """-> [(where, number, {heading: cell})] of a table whose first line holds the headings"""
     csv.field_size_limit(2 ** 31 - 1)                     # a cell may hold a picture
-    reader = csv.DictReader(io.StringIO(read_file(path)), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
     with expect("a table", path):
         return [(f"{path}, line {reader.line_num}", number, row) for number, row in enumerate(reader, 1)]
 

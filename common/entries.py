@@ -2,21 +2,13 @@
 import csv
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 from common.weights import UserError, parse_json, read_text
 
 
-def read_file(path):
-    """The text of a file. From a pipe that nobody writes to, reading would wait forever; /dev/fd/63 has a writer."""
-    if Path(path).is_fifo() and not str(path).startswith("/dev/"):
-        raise UserError(f"{path}: a pipe; expected a file: write the lines to one first")
-    return read_text(path)
-
-
 def read_value(path):
     """A JSON file's object or list; a file of JSON lines becomes {line number: value}."""
-    text = read_file(path)
+    text = read_text(path)
     try:
         value = parse_json(text)
     except ValueError as error:

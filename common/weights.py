@@ -34,9 +34,9 @@ def first_few(names, most=4):
 
 
 def check_file(path):
-    """-> Path. UserError unless it is a file that may be read; opening a FIFO would wait for ever."""
+    """-> Path. UserError unless it is a file that may be read; opening a pipe would wait for ever, but a shell's."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode) and not str(path).startswith("/dev/fd/"):
             raise ValueError("is a folder or a device, expected a file")
         open(path, "rb").close()
     except (OSError, ValueError) as error:                # ValueError also for a NUL in the name

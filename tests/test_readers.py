@@ -245,7 +245,7 @@ def test_a_pipe_without_a_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for reader in (lambda: read_prompts(tmp_path / "pipe"), lambda: read("mmvp", tmp_path, tmp_path / "pipe"),
                    lambda: read("gqa", tmp_path, tmp_path / "pipe")):
-        with pytest.raises(UserError, match="pipe: a pipe; expected a file"):
+        with pytest.raises(UserError, match="pipe: is a folder or a device, expected a file"):
             reader()
 
 
