@@ -59,21 +59,28 @@ class SampleOrder:
                             "is lost: give the same, or begin anew in another --out")
 
     def __iter__(self):
-        n_empty = 0
-        while True:
-            epoch, block, taken = self.state[:3]
-            first, end = block * AT_ONCE, (block + 1) * AT_ONCE
-            shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))[first:end]
-            places = [place for i in shards for place in list_shard(self.sources, self.shards[i])]
-            order = np.random.default_rng([self.seed, epoch, block]).permutation(len(places))
-            for i in range(taken, len(places)):
-                self.state = [epoch, block, i + 1, self.hash]
-                yield epoch, places[order[i]]
-            n_empty = 0 if places else n_empty + 1
-            if n_empty > len(self.shards):
-                raise UserError(f"{self.sources[0].path}: no samples in {len(self.sources)} files")
-            epoch, block = (epoch, block + 1) if end < len(self.shards) else (epoch + 1, 0)
-            self.state = [epoch, block, 0, self.hash]
+        (epoch, block, taken), n_empty = self.state[:3], 0
+        with ThreadPoolExecutor(1) as ahead:              # the next block is listed while this one is used
+            listed = ahead.submit(self.list_block, epoch, block)
+            while True:
+                places = listed.result()
+                following = (epoch, block + 1) if (block + 1) * AT_ONCE < len(self.shards) else (epoch + 1, 0)
+                listed = ahead.submit(self.list_block, *following)
+                order = np.random.default_rng([self.seed, epoch, block]).permutation(len(places))
+                for i in range(taken, len(places)):
+                    self.state = [epoch, block, i + 1, self.hash]
+                    yield epoch, places[order[i]]
+                n_empty = 0 if places else n_empty + 1
+                if n_empty > len(self.shards):
+                    raise UserError(f"{self.sources[0].path}: no samples in {len(self.sources)} files")
+                (epoch, block), taken = following, 0
+                self.state = [epoch, block, 0, self.hash]
+
+    def list_block(self, epoch, block):
+        """-> the places of its samples, shard by shard"""
+        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+        return [place for i in shards[block * AT_ONCE:(block + 1) * AT_ONCE]
+                for place in list_shard(self.sources, self.shards[i])]
 
 
 class RankBatchSampler:
