@@ -2,7 +2,7 @@
 #                  DEVICE=cuda: on a GPU, in bfloat16
 # make test        a virtual environment, the packages, the linter, all tests; under 10 minutes on two cores
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
-# make fuzz        20,000 damaged inputs of everything that reads files; half an hour
+# make fuzz        20,000 damaged inputs of everything that reads files; three minutes
 # make test-gpu    training on a GPU against the CPU
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
