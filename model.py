@@ -109,8 +109,9 @@ def fast_attention(q, views, streams, mask=None):
         return two_pass_attention(q, views, streams, mask)
     image = causal_attention(*(x[:, :, :streams.image_end] for x in (q, *views[IMAGE])))
     text = causal_attention(q[:, :, streams.text_positions], *views[TEXT], streams.text_mask)
-    image = F.pad(image, (0, 0, 0, q.shape[2] - streams.image_end))
-    return image.index_copy(2, streams.text_positions, text)
+    out = F.pad(image, (0, 0, 0, q.shape[2] - streams.image_end))
+    out[:, :, streams.text_positions] = text              # index_copy cannot be compiled before torch 2.13
+    return out
 
 
 def two_pass_attention(q, views, streams, mask=None):

@@ -259,6 +259,7 @@ def main():
         return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, reconstruct)
     args.clip_folder = args.clip_folder or TOY / "clip"
     dist, folder = engine.setup(args), require_path(args.clip_folder)
+    torch.backends.cudnn.benchmark = not args.deterministic                                   # convolutions of one size
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder), folder)

@@ -48,15 +48,15 @@ def text_only(args, size):
         "transformers": lambda: [next(tokens) for _ in range(TOKENS)]}, TOKENS, memory=False)
 
 
-def new_tokenizer(args):
-    """The published image tokenizer with random weights"""
-    with torch.device(args.device):
-        return ImageTokenizer(ImageTokenizerConfig(clip=CLIP_L)).to(args.dtype).requires_grad_(False).eval()
+def new_tokenizer(device):
+    """The published image tokenizer with random weights, in float32 as always"""
+    with torch.device(device):
+        return ImageTokenizer(ImageTokenizerConfig(clip=CLIP_L)).requires_grad_(False).eval()
 
 
 def image_tokenizer(args, size):
     """Pictures to ids and back, against the products and convolutions alone"""
-    tokenizer, pixels = new_tokenizer(args), torch.randn(2, 3, 336, 336, device=args.device, dtype=args.dtype)
+    tokenizer, pixels = new_tokenizer(args.device), torch.randn(2, 3, 336, 336, device=args.device)
     ids, _ = tokenizer.encode(pixels)
     for name, call in (("encode", partial(tokenizer.encode, pixels)), ("decode", partial(tokenizer.decode, ids))):
         measure(args, f"image tokenizer, {name}", {"ours": call, "products alone": products_alone(tokenizer, call)},
@@ -73,7 +73,8 @@ def pretraining(args, size):
 
 def fill_memory(args, size, layers):
     """-> whether one sample fits"""
-    model, tokenizer = new_model(size, args.device, args.dtype, True, num_hidden_layers=layers), new_tokenizer(args)
+    model = new_model(size, args.device, args.dtype, True, num_hidden_layers=layers)
+    tokenizer = new_tokenizer(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()

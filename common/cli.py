@@ -125,6 +125,8 @@ def explain(error):
     if isinstance(error, OSError):                        # a full disk, a file where a folder should be, no permission
         return f"error: {error.filename or 'the system says'}: {error.strerror or error}", 2
     lines, whose = str(error).strip().splitlines() or ["no reason given"], "our own fault"
+    if lines[0].endswith(":"):                            # torch.compile's reasons stand in the second line
+        lines[0] = " ".join(lines[:2])[:300]
     reason = lines[-1] if "Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
     if isinstance(error, (RuntimeError, MemoryError)) or "os error" in reason:
         whose = "the machine's, another process's or our own fault"

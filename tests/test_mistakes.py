@@ -85,6 +85,8 @@ def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path)
     (TypeError("5 is no list"), 1, "error: TypeError: 5 is no list (our own fault; --debug shows where)"),
     (AssertionError(), 1, "error: AssertionError: no reason given (our own fault"),
     (MemoryError(), 1, "error: MemoryError: no reason given (the machine's"),
+    (RuntimeError("the compiler raised:\nAssertionError: no\nmore"), 1,
+     "error: RuntimeError: the compiler raised: AssertionError: no ("),
     (RuntimeError("Original Traceback (most recent call last):\n  File\nKeyError: 'a'"), 1, "error: KeyError: 'a' ("),
     (ConnectionResetError(104, "Connection reset by peer"), 1, "a data reader, or another process of the run, has"),
     (BrokenPipeError(32, "Broken pipe"), 141, ""), (KeyboardInterrupt(), 130, "interrupted")])

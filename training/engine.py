@@ -195,7 +195,6 @@ def setup(args):
     dist = init_distributed(args.device, args.timeout, group=args.engine in ("zero", "fsdp"))
     args.micro_batch = args.micro_batch or max(1, args.batch // dist.size)
     args.dtype = args.dtype or ("bfloat16" if dist.device.type == "cuda" else "float32")
-    torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)          # not warn_only: attention would stay as it is
