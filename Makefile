@@ -6,6 +6,7 @@
 # make test-gpu    training on a GPU against the CPU
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
+# make compare     Libra, HaploVL, HoVLE and a LLaVA-like model side by side, three seeds; under two hours
 # make bench       speed and memory, each against something named; minutes
 # make clean-demo  remove the demo's files
 
@@ -32,7 +33,7 @@ SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 # A GPU that happens to be there would take the demo, in bfloat16
 DEVICE ?= cpu
 ifeq ($(DEVICE),cpu)
-demo demo-seeds ablate: export CUDA_VISIBLE_DEVICES =
+demo demo-seeds ablate compare: export CUDA_VISIBLE_DEVICES =
 endif
 
 demo: $(VENV)/run
@@ -71,6 +72,10 @@ ablate: demo
 	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
 		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
 
+# Four systems, and two of them without one of their stages
+compare: demo
+	$(RUN) -m toy.compare --toy $(TOY) --out $(TOY)/compare $(if $(LIMIT),--steps 2 --limit 8 --judge 23 --seeds 0)
+
 # Speed and memory, as ratios; transformers is in the test environment
 bench: $(VENV)/test
 	mkdir -p runs && $(RUN) -m bench --out runs/bench.json
@@ -97,4 +102,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate bench clean-demo test test-fast test-gpu fuzz
+.PHONY: demo demo-seeds ablate compare bench clean-demo test test-fast test-gpu fuzz

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import files as benchmarks
@@ -28,7 +29,9 @@ from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, require
 from common.sampling import check_finite
 from common.weights import UserError, parse_json, write_json
 from generate import answer, encode_images
+from model import Libra
 from monolithic import open_model
+from monolithic.shared import answer_loss
 from streams import Streams
 from text import expand_images
 from training import engine
@@ -138,16 +141,22 @@ def answer_batch(model, path, items, likelihood=False, zeroed=False, max_new_tok
 @torch.inference_mode()
 def likeliest_choices(model, items, zeroed=False):
     """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
-    if not (hasattr(model, "loss") and all(item["choices"] for item in items)):
-        raise UserError("--likelihood needs a benchmark with choices, and a Libra")
-    letters, (codes, signal) = [], encode_images(model, [item["image"] for item in items], zeroed=zeroed)
+    if not all(item["choices"] for item in items):
+        raise UserError("--likelihood needs a benchmark with choices")
+    letters, pictures = [], [Image.new("RGB", (64, 64)) if zeroed else item["image"] for item in items]
+    if isinstance(model, Libra):
+        codes, signal = encode_images(model, [item["image"] for item in items], zeroed=zeroed)
     for n, item in enumerate(items):
         losses = {}
         for letter, words in item["choices"].items():
-            chat = model.tokenizers.text.chat([(item["question"], 1, words)])
-            ids, loss_mask = expand_images(*chat, [codes[n]], model.config)
-            streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
-            losses[letter] = float(check_finite(model.loss(streams, signal[n:n + 1])))
+            ids, loss_mask = model.tokenizers.text.chat([(item["question"], 1, words)])
+            if isinstance(model, Libra):
+                ids, loss_mask = expand_images(ids, loss_mask, [codes[n]], model.config)
+                streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
+                loss = model.loss(streams, signal[n:n + 1])
+            else:
+                loss = answer_loss(model, ids, loss_mask, pictures[n])
+            losses[letter] = float(check_finite(loss))
         letters.append(min(losses, key=losses.get))
     return letters
 

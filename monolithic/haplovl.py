@@ -3,7 +3,8 @@
     python -m monolithic.haplovl --stage 1 --llm vicuna-7b-v1.5 --clip clip-vit-large-patch14-336 --out runs/haplovl-1
     python -m monolithic.haplovl --stage 2 --model runs/haplovl-1 --data llava_v1_5_mix665k.json --images DIR
 
-Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers.
+Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers,
+best after a run of it with --connector-only: the connector starts new, and spoils the LLM until it has learned.
 "Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
 """
 import re
@@ -21,6 +22,7 @@ from common.weights import UserError, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
 from monolithic import shared, stages
+from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -217,12 +219,16 @@ def main():
                                                  ("answers", "chats/chat.json", 2e-5)])
     parser.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
                         help="stage 1: a picture is up to 6 tiles (None: this), or one square")
+    parser.add_argument("--connector-only", action="store_true",
+                        help="stage 2, on captions, before it trains all: a step of an older figure of the authors")
     args, dist = stages.start(parser, "image_aspect_ratio")
     if args.stage == 1:
         model, loss = distill(args, dist)
         stages.fit(args, dist, model, model.model.layers, loss, every_token=True)
     else:
-        model = stages.trained_before(args, "haplovl", HaploVL)
+        model = stages.trained_before(args, "haplovl", HaploVL).requires_grad_(not args.connector_only)
+        model.model.pre_connector.requires_grad_()
+        args.frozen = fingerprint(model)
         stages.fit(args, dist, model, model.model.layers)
 
 

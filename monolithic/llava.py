@@ -13,7 +13,7 @@ from torch import nn
 
 from common.cli import run
 from common.config import make_config
-from common.weights import UserError, assign, read_folder, read_json, shapes_only
+from common.weights import assign, read_folder, read_json, shapes_only
 from llama import Linear, Llama, LlamaConfig
 from monolithic import shared, stages
 from tokenizer import ClipConfig, ClipViT, prepare
@@ -22,6 +22,7 @@ from training.checkpoints import fingerprint
 
 @dataclass
 class LlavaConfig(LlamaConfig):
+    model_type: str = "llava_llama"
     image_token_index: int = 32000                        # of <image>, which has no row in the LLaMA's table
     clip: dict = field(default_factory=dict)              # the fields of ClipConfig
     edges = [], []                                        # nothing stands around image tokens
@@ -56,23 +57,19 @@ class Llava(Llama):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        values = read_json(path := Path(folder) / "config.json")
-        if values.pop("model_type", None) != "llava_llama":
-            raise UserError(f"{path}: expected model_type llava_llama")
         with shapes_only():
-            model = cls(make_config(LlavaConfig, values, path))
+            model = cls(make_config(LlavaConfig, read_json(path := Path(folder) / "config.json"), path))
         return shared.load(model, read_folder(folder, dtype), folder, device)
 
     def save_pretrained(self, folder, tensors=None):
-        shared.save_folder(folder, tensors or self.state_dict(), self.text,
-                           {"model_type": "llava_llama", **asdict(self.config)})
+        shared.save_folder(folder, tensors or self.state_dict(), self.text, asdict(self.config))
 
 
 def new_model(args):
     llm, text, clip, sizes = stages.new_parts(args)
-    sizes = asdict(llm.config) | {"clip": sizes, "image_token_index": llm.config.vocab_size}
+    new = {"clip": sizes, "image_token_index": llm.config.vocab_size, "tie_word_embeddings": False}
     with shapes_only():
-        model = Llava(LlavaConfig(**sizes | {"tie_word_embeddings": False}))
+        model = Llava(LlavaConfig(**asdict(llm.config) | new))
     model.model.mm_projector.to_empty(device="cpu").apply(shared.initialise)
     model.model["vision_tower"], model.text = clip, text
     assign(model, model.state_dict() | {name: x.clone() for name, x in llm.state_dict().items()}, args.llm)
@@ -83,12 +80,11 @@ def main():
     parser = stages.options(__doc__, "llava", [("the MLP", "captions/*.tar", 1e-3), ("all", "chats/chat.json", 2e-5)])
     args, dist = stages.start(parser)
     model = new_model(args) if args.stage == 1 else stages.trained_before(args, "llava", Llava)
-    m = model.requires_grad_(args.stage == 2).model
+    m, clip = model.requires_grad_(args.stage == 2).model, model.model.vision_tower
     m.mm_projector.requires_grad_()
-    for unused in (m.vision_tower.encoder.layers[-1], m.vision_tower.post_layernorm):
-        unused.requires_grad_(False)
+    nn.ModuleList([clip.encoder.layers[-1], clip.post_layernorm]).requires_grad_(False)      # unused
     args.frozen = fingerprint(model)
-    stages.fit(args, dist, model, [*m.vision_tower.encoder.layers, *m.layers])
+    stages.fit(args, dist, model, [*clip.encoder.layers, *m.layers])
 
 
 if __name__ == "__main__":

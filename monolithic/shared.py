@@ -307,6 +307,16 @@ def next_token_loss(model, batch, weights=None):
     return weights[:, 1:][where] @ F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
 
 
+@torch.no_grad()
+def answer_loss(model, ids, loss_mask, picture):
+    """-> the mean loss of the targets of a row with one picture. ids, loss_mask: as text.chat makes them"""
+    config = model.halves[-1]
+    tiles, order = config.prepare(open_image(picture), 1)
+    ids, loss_mask, _ = spell_out(ids, loss_mask, [len(order)], config.image_token_index, edges=config.edges)
+    batch = Batch.build(*pad([ids]), [(tiles, order)], config, torch.tensor([loss_mask]).bool())
+    return next_token_loss(model, batch.to(model.lm_head.weight.device)) / batch.loss_mask.sum()
+
+
 def load(model, tensors, folder, device):
     """Into a model built by shapes_only; with the folder's text, if it has tokenizer.model. -> the model"""
     assign(model, tensors, folder)
@@ -315,11 +325,28 @@ def load(model, tensors, folder, device):
     return model.to(device)
 
 
+SHARD_BYTES = 5e9                                         # the most of one file, as transformers
+
+
 def save_folder(folder, tensors, text, config):
-    """A model folder: config.json, model.safetensors, tokenizer.model. tensors: of all processes"""
-    folder = Path(folder)
+    """A model folder: config.json, tokenizer.model, and model.safetensors or its shards with their index. tensors: of
+    all processes"""
+    folder, shards, size = Path(folder), [{}], 0
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", tensors)
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][name], size = tensor, size + tensor.nbytes
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if len(shards) == 1:
+        save_tensors(whole, tensors)
+    else:
+        files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+        for file, shard in files.items():
+            save_tensors(folder / file, shard)
+        write_json(index, {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                           "weight_map": {name: file for file, shard in files.items() for name in shard}})
+    (whole if len(shards) > 1 else index).unlink(missing_ok=True)     # of an earlier, smaller or larger model
     if text and text.path.resolve() != (folder / "tokenizer.model").resolve():
         shutil.copyfile(text.path, folder / "tokenizer.model")
     write_json(folder / "config.json", config)

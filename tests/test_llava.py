@@ -75,7 +75,7 @@ def test_folders(tmp_path):
     again = Llava.from_pretrained(tmp_path)
     assert again.config == model.config and answer(again, PROMPTS, PICTURES) == answer(model, PROMPTS, PICTURES)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name, value, said in (("model_type", "llama", "llava_llama"), ("clip", {"image_size": 0}, "image_size"),
+    for name, value, said in (("heads", 4, "heads"), ("clip", {"image_size": 0}, "image_size"),
                               ("clip", CLIP | {"depth": 3}, "depth"), ("hidden_size", 64, "shape")):
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(UserError, match=said):

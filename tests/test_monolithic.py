@@ -1,8 +1,14 @@
 """The systems of monolithic/ as generate.py and evaluate.py open them: one call each, after a step of training."""
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from scripts import run
+
+from common.pictures import open_image
+from common.weights import read_folder, weight_files
+from monolithic import open_model, shared
 
 STEP = "--steps 1 --warmup 0 --batch 4 --lr 1e-3 --save-every 0"
 
@@ -28,4 +34,40 @@ def test_it_answers_and_is_scored(toy, tmp_path, name, kind):
     words = ["--task exact --data", *files, "--images", toy / "eval/images", "--limit 6 --max-new-tokens 4"]
     for more in ("", "--blind zeroed"):
         assert "6 answers" in run("evaluate.py", *model, *words, more)
-    assert "and a Libra" in run("evaluate.py", *model, *words, "--likelihood", ok=False)
+    assert "a benchmark with choices" in run("evaluate.py", *model, *words, "--likelihood", ok=False)
+    check_likelihood(tmp_path, model, image)
+
+
+def check_likelihood(tmp_path, model, image):
+    """The choice whose words, continued token by token behind the question, are likeliest"""
+    words = {"choice_a": "red", "choice_b": "a large blue circle", "choice_c": "two", "choice_d": "yes"}
+    seed = {"questions": [{"question_id": "1", "question": "What is it?", "question_type_id": 1, "data_type": "image",
+                           "data_id": image.name, "answer": "A", **words}], "question_type": {"Scene": 1}}
+    (tmp_path / "seed.json").write_text(json.dumps(seed))
+    opened, losses = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None), torch.device("cpu")), []
+    text, config = opened.tokenizers.text, opened.config
+    prompt, _ = text.chat([("What is it?", 1, None)])
+    for choice in words.values():
+        ids, loss_mask = text.chat([("What is it?", 1, choice)])
+        answer, picture = [token for token, label in zip(ids, loss_mask) if label], config.prepare(open_image(image), 1)
+        ids = shared.spell_out(prompt + answer, ids, [len(picture[1])], config.image_token_index, edges=config.edges)[0]
+        batch = shared.Batch.build(*shared.pad([ids]), [picture], config)
+        with torch.no_grad():
+            p = opened.lm_head(opened.hidden(batch.ids, batch))[0, -1 - len(answer):-1].log_softmax(-1)
+        losses.append(-p[range(len(answer)), answer].mean())
+    run("evaluate.py", *model, "--task seed --likelihood --data", tmp_path / "seed.json", "--images", image.parent,
+        "--out", tmp_path / "seed_out.json")
+    answers = json.loads((tmp_path / "seed_out.json").read_text())["answers"]
+    assert [line["answer"] for line in answers] == ["ABCD"[losses.index(min(losses))]]
+
+
+def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
+    """An index and files of at most SHARD_BYTES (or one tensor), which read_folder joins; what was there goes."""
+    tensors = {f"w{n}": torch.randn(10) for n in range(5)}                                    # 40 bytes each
+    shared.save_folder(tmp_path, tensors, None, {})
+    for most, files in ((80, 3), (10 ** 9, 1), (1, 5)):
+        monkeypatch.setattr(shared, "SHARD_BYTES", most)
+        shared.save_folder(tmp_path, tensors, None, {})
+        assert len(weight_files(tmp_path)) == files
+        found = read_folder(tmp_path)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

@@ -129,8 +129,9 @@ def train_sentencepiece(folder, seed):
     (folder / "tokenizer.vocab").unlink()
 
 
-def text_batch(source, shares, random, count, text, config):
-    """What the stand-in LLaMA reads: for each scene its map in place of a picture, then a caption or questions"""
+def text_rows(source, shares, random, count, text):
+    """What the stand-in LLaMA reads: for each scene its map in place of a picture, then a caption or questions. -> ids
+    and loss masks, a list for each scene"""
     rows, masks = [], []
     for scene in (next(source) for _ in range(count)):
         if random.random() < 0.15:
@@ -140,10 +141,16 @@ def text_batch(source, shares, random, count, text, config):
             ids, loss_mask = text.chat(turns, SYSTEM if random.random() < 0.3 else "")
         words = [text.model.piece_to_id(word) for word in world.map_words(scene)]
         i = ids.index(IMG)
-        ids, loss_mask = ids[:i] + words + ids[i + 1:], loss_mask[:i] + [0] * len(words) + loss_mask[i + 1:]
-        rows.append(torch.tensor(ids)[:, None].expand(-1, config.vision_codebook_num))        # a column per codebook
-        masks.append(torch.tensor(loss_mask, dtype=torch.bool))
-    return Streams.from_ids(rows, config, loss_mask=masks)
+        rows.append(ids[:i] + words + ids[i + 1:])
+        masks.append(loss_mask[:i] + [0] * len(words) + loss_mask[i + 1:])
+    return rows, masks
+
+
+def text_batch(source, shares, random, count, text, config):
+    """The same as Streams"""
+    rows, masks = text_rows(source, shares, random, count, text)
+    return Streams.from_ids([torch.tensor(ids)[:, None].expand(-1, config.vision_codebook_num) for ids in rows],
+                            config, loss_mask=[torch.tensor(mask, dtype=torch.bool) for mask in masks])
 
 
 def init_llama(model, text):

@@ -361,8 +361,8 @@ def append(path, entries):
 
 
 def speed_and_memory(args, dist, totals, seconds, flops):
-    """For the log: tokens and images a second, share of the devices' peak FLOP/s (None: not known), and the most memory
-    so far, of the GPU or else of this process, in GB"""
+    """For the log: tokens and images a second, share of the devices' peak FLOP/s (None: not known), seconds, and most
+    memory so far, of the GPU or else of this process, in GB"""
     cuda = dist.device.type == "cuda"
     rates = {f"{name}/s": totals[name] / seconds for name in ("tokens", "images") if name in totals}
     if flops:
@@ -370,7 +370,7 @@ def speed_and_memory(args, dist, totals, seconds, flops):
         peak = args.peak or next((tera for key, tera in PEAKS.items() if key in name), None)
         rates["peak"] = peak and sum(flops(totals).values()) / seconds / dist.size / (peak * 1e12)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return rates | {"memory": (torch.cuda.max_memory_allocated(dist.device) if cuda else own) / 1e9}
+    return rates | {"seconds": seconds, "memory": (torch.cuda.max_memory_allocated(dist.device) if cuda else own) / 1e9}
 
 
 class BadSamples:

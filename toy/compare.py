@@ -1,0 +1,296 @@
+"""Four systems side by side on the toy world, and what the early stages of two of them bring.
+
+    make compare                     # on the demo's files, under two hours on two cores; interrupted, it goes on
+    python -m toy.compare --show     # only the table and the figure of what is finished
+
+Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16; without a stage its
+pictures go to the stage after it. Each system tries three learning rates with the first seed, judged on questions of
+their own. runs/toy/compare/ gets a folder per row, rate and seed, table.md, compare.png.
+"""
+import argparse
+import importlib
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run
+from common.plots import new_figure, plot_curves
+from common.weights import read_json, write_json
+from evaluate import evaluate
+from generate import encode_prompts, generate
+from llama import Llama
+from monolithic import open_model
+from monolithic.shared import Batch, pad
+from text import Text
+from toy.ablate import run_script
+from toy.make import text_rows, write_evaluation
+from toy.report import read_log, score_answers
+from toy.world import DESCRIBE, KINDS, SHARES, scenes
+
+HAPLOVL, HOVLE, LLAVA = "-m monolithic.haplovl", "-m monolithic.hovle", "-m monolithic.llava"
+NEW = "--llm {toy}/llama --clip {toy}/clip"
+ROWS = {   # title, system, needs CLIP to answer, stages: (command, options, share of the captions or "chats", rate)
+    "libra": ("Libra", "libra", True, [
+        ("pretrain.py", "--llm {toy}/llama --image-tokenizer {toy}/tokenizer --vision-down-ratio 1", 1, 2e-3),
+        ("sft.py", "", "chats", 1.5e-3)]),
+    "haplovl": ("HaploVL", "haplovl", False, [
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.5, 1e-3),
+        (HAPLOVL, "--stage 2 --connector-only", 0.5, 1e-2), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+    "hovle": ("HoVLE", "hovle", False, [
+        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0.5, 1e-3), (HOVLE, "--stage 2", 0.5, 1e-3),
+        (HOVLE, "--stage 3", "chats", 1e-3)]),
+    "llava": ("LLaVA-like", "llava", True, [
+        (LLAVA, f"--stage 1 {NEW}", 1, 1e-3), (LLAVA, "--stage 2", "chats", 1e-3)]),
+    "haplovl-1": ("HaploVL without stage 1", "haplovl", False, [
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0, 0),
+        (HAPLOVL, "--stage 2 --connector-only", 1, 1e-2), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+    "haplovl-c": ("HaploVL without connector run", "haplovl", False, [
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 1, 1e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+    "hovle-1": ("HoVLE without stage I", "hovle", False, [
+        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0, 0), (HOVLE, "--stage 2", 1, 1e-3),
+        (HOVLE, "--stage 3", "chats", 1e-3)]),
+    "hovle-2": ("HoVLE without stage II", "hovle", False, [
+        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 1, 1e-3), (HOVLE, "--stage 3", "chats", 1e-3)])}
+FACTORS = 0.5, 1.0, 2.0                                   # of all learning rates of a system
+COLUMNS = {"questions": 3, "blind": 3, "another picture": 3, "unseen pairs": 3, "captions": 3, "existence F1": 3,
+           **dict.fromkeys(KINDS, 2), "text perplexity": 3}                   # digits after the point
+COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill ms": 0, "tokens/s": 0}
+
+
+def stage_words(args, row, number, factor, seed, folder):
+    """-> the command of a stage of a row, its options"""
+    command, words, share, lr = ROWS[row][3][number]
+    toy, files, steps, batch = args.toy, "chats/chat.json", args.steps, 16
+    if share != "chats":                                  # without a stage: one step at rate 0 leaves a new model
+        files, steps, batch = "captions/*.tar", max(1, round(steps * share)), 32
+    before = ["--model", folder / str(number - 1)] if number else []
+    return command, [
+        *words.format(toy=toy).split(), *before, "--data", f"{toy}/{files}", "--images", toy / "chats/images", "--out",
+        folder / str(number), "--steps", steps, "--batch", batch, "--lr", lr * factor, "--warmup", min(60, steps),
+        "--weight-decay", 0, "--seed", seed, "--save-every", 1000, "--resume"]
+
+
+def train_row(args, row, factor, seed):
+    """-> the folder of a row with one rate and seed, trained"""
+    folder = args.out / f"{row}-{factor:g}-{seed}"
+    for number in range(len(ROWS[row][3])):
+        if not (folder / str(number) / "model.safetensors").exists():
+            command, options = stage_words(args, row, number, factor, seed, folder)
+            run_script(*command.split(), *options)
+    return folder
+
+
+def open_trained(row, folder):
+    """The model of the row's last stage"""
+    last = folder / str(len(ROWS[row][3]) - 1)
+    return open_model(SimpleNamespace(model=last, dtype="float32"), torch.device("cpu"))
+
+
+def try_rate(args, row, factor):
+    """A row with the first seed and one rate, judged by questions that are not in the table -> rate.json"""
+    print(f"{ROWS[row][0]}, rate x {factor:g}", flush=True)
+    folder = train_row(args, row, factor, args.seeds[0])
+    files = [args.out / f"judge/held_out_{name}.json" for name in ("questions", "annotations")]
+    score = evaluate(open_trained(row, folder), "exact", files, args.out / "judge/images", batch=64)["score"]
+    write_json(folder / "rate.json", {"questions": score})
+
+
+def best_factor(args, row):
+    """Of the row's system, by the questions that try_rate asked"""
+    return max(FACTORS, key=lambda factor: read_json(
+        args.out / f"{ROWS[row][1]}-{factor:g}-{args.seeds[0]}/rate.json")["questions"])
+
+
+def result_folder(args, row, seed):
+    return args.out / f"{row}-{best_factor(args, row):g}-{seed}"
+
+
+def score_row(args, row, seed):
+    """Train one row with one seed at the best rate and score it -> result.json"""
+    print(f"{ROWS[row][0]}, seed {seed}", flush=True)
+    folder, toy = train_row(args, row, best_factor(args, row), seed), args.toy
+    model = open_trained(row, folder)
+    scores, _ = score_answers(model, toy / "eval", args.limit)
+    captions = evaluate(model, "statements", [toy / "eval/held_out_captions.json"], toy / "eval", DESCRIBE, batch=64,
+                        limit=args.limit)
+    asked = scores["held_out"]
+    write_json(folder / "result.json", {
+        "questions": asked["score"], "blind": scores["held_out_zeroed"]["score"],
+        "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
+        "captions": captions["score"], "existence F1": scores["existence"]["f1"],
+        **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": perplexity(model)})
+
+
+@torch.no_grad()
+def perplexity(model):
+    """Of answers and captions about held-out text maps, the kind of text that the stand-in LLaMA was trained on"""
+    draws, text = np.random.default_rng(11), model.tokenizers.text
+    rows, masks = text_rows(scenes(draws, "held out"), SHARES, draws, 200, text)
+    (ids, real), mask = pad(rows), pad(masks)[0].bool()
+    if isinstance(model, Llama):                          # also what reads text as its LLaMA does
+        hidden = model.hidden_states(ids)
+    else:
+        hidden = model.hidden(ids, Batch.build(ids, real, [], model.config))
+    logits, targets = model.lm_head(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]]
+    return float(torch.nn.functional.cross_entropy(logits.float(), targets).exp())
+
+
+# ---------------------------------------------------------------- costs
+
+def count_flops(command, options):
+    """FLOPs of all products in a command of a trainer"""
+    module = command.split()[-1].removesuffix(".py")
+    sys.argv = [module, *map(str, options)]
+    with FlopCounterMode(display=False) as counter:
+        importlib.import_module(module).main()
+    return counter.get_total_flops()
+
+
+def training_costs(args, row, pool):
+    """FLOPs of all stages, from the second step of each, and the median seconds of a step of the last"""
+    folder, flops = result_folder(args, row, args.seeds[0]), 0
+    for number in range(len(ROWS[row][3])):
+        command, options = stage_words(args, row, number, 1, args.seeds[0], folder)
+        log = read_log(folder / str(number) / "log.jsonl")
+        with TemporaryDirectory() as new:
+            one, two = (pool.submit(count_flops, command, [*options, "--out", f"{new}/{steps}", "--steps", steps,
+                                                           "--warmup", 1]).result() for steps in (1, 2))
+        flops += (two - one) * len(log)
+    return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(line["seconds"] for line in log)}
+
+
+@torch.inference_mode()
+def answering_times(models, args, new_tokens=32, turns=9):
+    """{row: model} -> {row: [milliseconds until the first token of an answer about a picture], [tokens a second then]},
+    in turns"""
+    picture, times = args.toy / "eval/images/000000000000.png", {row: ([], []) for row in models}
+    for _ in range(turns):
+        for row in random.sample(list(models), len(models)):
+            model, start = models[row], time.perf_counter()
+            prompts, signal = encode_prompts(model, [(DESCRIBE, [picture])])
+            tokens = getattr(model, "generate", partial(generate, model))(prompts, signal, new_tokens + 1)
+            next(tokens)
+            first = time.perf_counter()
+            list(tokens)
+            times[row][0].append(1000 * (first - start))
+            times[row][1].append(new_tokens / (time.perf_counter() - first))
+    return {row: {name: statistics.median(values) for name, values in zip(("prefill ms", "tokens/s"), pair)}
+            for row, pair in times.items()}
+
+
+# ---------------------------------------------------------------- everything
+
+def run_all(args):
+    """Everything that is not finished, args.jobs tasks at a time"""
+    if not (args.out / "judge").exists():
+        draft = args.out / "judge.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        write_evaluation(draft, args.judge, seed=1)
+        draft.rename(args.out / "judge")
+    systems = list(dict.fromkeys(ROWS[row][1] for row in args.rows))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        tasks = [(try_rate, args, system, factor) for factor in FACTORS for system in systems
+                 if not (args.out / f"{system}-{factor:g}-{args.seeds[0]}/rate.json").exists()]
+        for future in [pool.submit(*task) for task in tasks]:
+            future.result()
+        tasks = [(score_row, args, row, seed) for seed in args.seeds for row in args.rows
+                 if not (result_folder(args, row, seed) / "result.json").exists()]
+        for future in [pool.submit(*task) for task in tasks]:
+            future.result()
+        if (args.out / "costs.json").exists():
+            return
+        costs = {row: training_costs(args, row, pool) for row in args.rows}
+    models = {row: open_trained(row, result_folder(args, row, args.seeds[0])) for row in args.rows}
+    times = answering_times(models, args)
+    write_json(args.out / "costs.json", {row: costs[row] | times[row] | {
+        "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
+
+
+def finished(args, row):
+    folders = [result_folder(args, row, seed) for seed in args.seeds]
+    return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()]
+
+
+def write_table(args):
+    """A line for each score, mean and standard deviation over the seeds, and for each cost -> table.md"""
+    rows, costs = [row for row in args.rows if finished(args, row)], args.out / "costs.json"
+    costs = read_json(costs) if costs.exists() else {}
+    base = Llama.from_pretrained(args.toy / "llama").eval()
+    base.tokenizers = SimpleNamespace(text=Text(args.toy / "llama/tokenizer.model"))
+    lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
+    for name, digits in COLUMNS.items():
+        lines.append([name])
+        for row in rows:
+            values = [result[name] for result in finished(args, row)]
+            deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            lines[-1].append(f"{statistics.mean(values):.{digits}f}{deviation}")
+    lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
+    lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
+    for name, digits in COSTS.items():
+        lines.append([name, *(f"{costs[row][name]:,.{digits}f}" if row in costs else "-" for row in rows)])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text += f"\nText perplexity of the LLaMA itself: {perplexity(base):.3f}\n"
+    (args.out / "table.md").write_text(text)
+    print(text)
+
+
+def plot(args):
+    """Right answers by kind, and the loss of answers while the chats are learned -> compare.png"""
+    figure = new_figure(13, 4.5)
+    bars, curves = figure.subplots(1, 2)
+    shown = [row for row in args.rows if finished(args, row)]
+    for n, row in enumerate(shown):
+        results = finished(args, row)
+        means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
+        bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
+    bars.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel="right answers, held-out scenes")
+    bars.legend(fontsize="x-small")
+    losses = {}
+    for row in shown:
+        last = result_folder(args, row, args.seeds[0]) / str(len(ROWS[row][3]) - 1)
+        losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
+    plot_curves(curves, losses, "step of the last stage", "loss of answers (nats per token)", window=10)
+    curves.set(yscale="log")
+    figure.savefig(args.out / "compare.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
+    parser.add_argument("--out", type=Path, default=TOY / "compare", help="folder of rows, table and figure")
+    parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="each row is run once for each")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+                        help="of the table; a row without a stage needs its system too")
+    parser.add_argument("--steps", type=POSITIVE, default=400, help="of captions, and as many of chats")
+    parser.add_argument("--limit", type=POSITIVE, default=600, help="questions and captions that are scored")
+    parser.add_argument("--judge", type=POSITIVE, default=400, help="questions that choose the learning rates")
+    parser.add_argument("--jobs", type=POSITIVE, default=2, help="rows that run at a time, each with its share of the "
+                        "cores")
+    parser.add_argument("--show", action="store_true", help="only table and figure")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.show:
+        require_path(args.toy / "eval")
+        run_all(args)
+    write_table(args)
+    plot(args)
+
+
+if __name__ == "__main__":
+    run(main)
