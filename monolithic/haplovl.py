@@ -4,7 +4,7 @@
     python -m monolithic.haplovl --stage 2 --model runs/haplovl-1 --data llava_v1_5_mix665k.json --images DIR
 
 Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers,
-best after a run of it with --connector-only: the connector starts new, and spoils the LLM until it has learned.
+best after a run on captions with --freeze-llm (ours): the connector starts new and spoils the LLM until it has learned.
 "Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
 """
 import re
@@ -219,15 +219,16 @@ def main():
                                                  ("answers", "chats/chat.json", 2e-5)])
     parser.add_argument("--image-aspect-ratio", choices=("anyres_max_6", "square"),
                         help="stage 1: a picture is up to 6 tiles (None: this), or one square")
-    parser.add_argument("--connector-only", action="store_true",
-                        help="stage 2, on captions, before it trains all: a step of an older figure of the authors")
+    parser.add_argument("--freeze-llm", action="store_true",
+                        help="stage 2 on captions, before it trains all: pre-decoder and connector learn (ours)")
     args, dist = stages.start(parser, "image_aspect_ratio")
     if args.stage == 1:
         model, loss = distill(args, dist)
         stages.fit(args, dist, model, model.model.layers, loss, every_token=True)
     else:
-        model = stages.trained_before(args, "haplovl", HaploVL).requires_grad_(not args.connector_only)
-        model.model.pre_connector.requires_grad_()
+        model = stages.trained_before(args, "haplovl", HaploVL)
+        for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
+            part.requires_grad_(not args.freeze_llm)
         args.frozen = fingerprint(model)
         stages.fit(args, dist, model, model.model.layers)
 

@@ -4,8 +4,8 @@
     python -m toy.compare --show     # only the table and the figure of what is finished
 
 Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16; without a stage its
-pictures go to the stage after it. Each system tries three learning rates with the first seed, judged on questions of
-their own. runs/toy/compare/ gets a folder per row, rate and seed, table.md, compare.png.
+pictures go to the stage after it. Each system tries three learning rates over half of the steps, judged by questions of
+their own. runs/toy/compare/ gets a folder per row and seed, table.md, compare.png.
 """
 import argparse
 import importlib
@@ -47,18 +47,16 @@ ROWS = {   # title, system, needs CLIP to answer, stages: (command, options, sha
         ("pretrain.py", "--llm {toy}/llama --image-tokenizer {toy}/tokenizer --vision-down-ratio 1", 1, 2e-3),
         ("sft.py", "", "chats", 1.5e-3)]),
     "haplovl": ("HaploVL", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.5, 1e-3),
-        (HAPLOVL, "--stage 2 --connector-only", 0.5, 1e-2), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.25, 1e-3),
+        (HAPLOVL, "--stage 2 --freeze-llm", 0.75, 2e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
     "hovle": ("HoVLE", "hovle", False, [
         (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0.5, 1e-3), (HOVLE, "--stage 2", 0.5, 1e-3),
         (HOVLE, "--stage 3", "chats", 1e-3)]),
     "llava": ("LLaVA-like", "llava", True, [
         (LLAVA, f"--stage 1 {NEW}", 1, 1e-3), (LLAVA, "--stage 2", "chats", 1e-3)]),
     "haplovl-1": ("HaploVL without stage 1", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0, 0),
-        (HAPLOVL, "--stage 2 --connector-only", 1, 1e-2), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
-    "haplovl-c": ("HaploVL without connector run", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 1, 1e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0, 0), (HAPLOVL, "--stage 2 --freeze-llm", 1, 2e-3),
+        (HAPLOVL, "--stage 2", "chats", 1e-3)]),
     "hovle-1": ("HoVLE without stage I", "hovle", False, [
         (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0, 0), (HOVLE, "--stage 2", 1, 1e-3),
         (HOVLE, "--stage 3", "chats", 1e-3)]),
@@ -70,27 +68,28 @@ COLUMNS = {"questions": 3, "blind": 3, "another picture": 3, "unseen pairs": 3, 
 COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill ms": 0, "tokens/s": 0}
 
 
-def stage_words(args, row, number, factor, seed, folder):
-    """-> the command of a stage of a row, its options"""
+def stage_words(args, row, number, factor, seed, folder, part=1):
+    """-> the command of a stage of a row, its options. part: of the steps"""
     command, words, share, lr = ROWS[row][3][number]
-    toy, files, steps, batch = args.toy, "chats/chat.json", args.steps, 16
+    toy, chats, captions = args.toy, [f"{args.toy}/chats/chat.json"], [f"{args.toy}/captions/*.tar"]
+    files, steps, batch = chats, round(args.steps * part), 16
     if share != "chats":                                  # without a stage: one step at rate 0 leaves a new model
-        files, steps, batch = "captions/*.tar", max(1, round(steps * share)), 32
+        files, steps, batch = captions, max(1, round(args.steps * share * part)), 32
+    if (row, number) == ("haplovl", 0):                   # its text must show all words: their embeddings start new
+        files = captions + chats
     before = ["--model", folder / str(number - 1)] if number else []
     return command, [
-        *words.format(toy=toy).split(), *before, "--data", f"{toy}/{files}", "--images", toy / "chats/images", "--out",
+        *words.format(toy=toy).split(), *before, "--data", *files, "--images", toy / "chats/images", "--out",
         folder / str(number), "--steps", steps, "--batch", batch, "--lr", lr * factor, "--warmup", min(60, steps),
         "--weight-decay", 0, "--seed", seed, "--save-every", 1000, "--resume"]
 
 
-def train_row(args, row, factor, seed):
-    """-> the folder of a row with one rate and seed, trained"""
-    folder = args.out / f"{row}-{factor:g}-{seed}"
+def train_row(args, row, factor, seed, folder, part=1):
+    """All stages of a row with one rate and seed"""
     for number in range(len(ROWS[row][3])):
         if not (folder / str(number) / "model.safetensors").exists():
-            command, options = stage_words(args, row, number, factor, seed, folder)
+            command, options = stage_words(args, row, number, factor, seed, folder, part)
             run_script(*command.split(), *options)
-    return folder
 
 
 def open_trained(row, folder):
@@ -100,9 +99,10 @@ def open_trained(row, folder):
 
 
 def try_rate(args, row, factor):
-    """A row with the first seed and one rate, judged by questions that are not in the table -> rate.json"""
+    """A row with the first seed, one rate and half of the steps, judged by questions that are not in the table"""
     print(f"{ROWS[row][0]}, rate x {factor:g}", flush=True)
-    folder = train_row(args, row, factor, args.seeds[0])
+    folder = args.out / f"rates/{row}-{factor:g}"
+    train_row(args, row, factor, args.seeds[0], folder, part=0.5)
     files = [args.out / f"judge/held_out_{name}.json" for name in ("questions", "annotations")]
     score = evaluate(open_trained(row, folder), "exact", files, args.out / "judge/images", batch=64)["score"]
     write_json(folder / "rate.json", {"questions": score})
@@ -111,17 +111,14 @@ def try_rate(args, row, factor):
 def best_factor(args, row):
     """Of the row's system, by the questions that try_rate asked"""
     return max(FACTORS, key=lambda factor: read_json(
-        args.out / f"{ROWS[row][1]}-{factor:g}-{args.seeds[0]}/rate.json")["questions"])
-
-
-def result_folder(args, row, seed):
-    return args.out / f"{row}-{best_factor(args, row):g}-{seed}"
+        args.out / f"rates/{ROWS[row][1]}-{factor:g}/rate.json")["questions"])
 
 
 def score_row(args, row, seed):
     """Train one row with one seed at the best rate and score it -> result.json"""
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
-    folder, toy = train_row(args, row, best_factor(args, row), seed), args.toy
+    folder, toy = args.out / f"{row}-{seed}", args.toy
+    train_row(args, row, best_factor(args, row), seed, folder)
     model = open_trained(row, folder)
     scores, _ = score_answers(model, toy / "eval", args.limit)
     captions = evaluate(model, "statements", [toy / "eval/held_out_captions.json"], toy / "eval", DESCRIBE, batch=64,
@@ -161,7 +158,7 @@ def count_flops(command, options):
 
 def training_costs(args, row, pool):
     """FLOPs of all stages, from the second step of each, and the median seconds of a step of the last"""
-    folder, flops = result_folder(args, row, args.seeds[0]), 0
+    folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
     for number in range(len(ROWS[row][3])):
         command, options = stage_words(args, row, number, 1, args.seeds[0], folder)
         log = read_log(folder / str(number) / "log.jsonl")
@@ -206,24 +203,24 @@ def run_all(args):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         tasks = [(try_rate, args, system, factor) for factor in FACTORS for system in systems
-                 if not (args.out / f"{system}-{factor:g}-{args.seeds[0]}/rate.json").exists()]
+                 if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()]
         for future in [pool.submit(*task) for task in tasks]:
             future.result()
         tasks = [(score_row, args, row, seed) for seed in args.seeds for row in args.rows
-                 if not (result_folder(args, row, seed) / "result.json").exists()]
+                 if not (args.out / f"{row}-{seed}/result.json").exists()]
         for future in [pool.submit(*task) for task in tasks]:
             future.result()
         if (args.out / "costs.json").exists():
             return
         costs = {row: training_costs(args, row, pool) for row in args.rows}
-    models = {row: open_trained(row, result_folder(args, row, args.seeds[0])) for row in args.rows}
+    models = {row: open_trained(row, args.out / f"{row}-{args.seeds[0]}") for row in args.rows}
     times = answering_times(models, args)
     write_json(args.out / "costs.json", {row: costs[row] | times[row] | {
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
 
 
 def finished(args, row):
-    folders = [result_folder(args, row, seed) for seed in args.seeds]
+    folders = [args.out / f"{row}-{seed}" for seed in args.seeds]
     return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()]
 
 
@@ -263,7 +260,7 @@ def plot(args):
     bars.legend(fontsize="x-small")
     losses = {}
     for row in shown:
-        last = result_folder(args, row, args.seeds[0]) / str(len(ROWS[row][3]) - 1)
+        last = args.out / f"{row}-{args.seeds[0]}" / str(len(ROWS[row][3]) - 1)
         losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
     plot_curves(curves, losses, "step of the last stage", "loss of answers (nats per token)", window=10)
     curves.set(yscale="log")
