@@ -32,7 +32,7 @@ from common.pictures import open_image
 from common.sources import SHARD, expand_patterns, list_shard, open_sources
 from common.weights import UserError, inside, parse_json, read_json
 from streams import Streams
-from text import IMG, Text, expand_images, truncate
+from text import IMG, Text, expand_images, open_text, truncate
 from tokenizer import prepare
 
 AT_ONCE = 8                    # shards whose samples are mixed
@@ -288,7 +288,7 @@ class SampleDataset(torch.utils.data.Dataset):
             blank = torch.zeros(c.image_feature_resolution ** 2, c.vision_codebook_num, dtype=torch.long)
             rows = [expand_images(s["ids"], s["loss_mask"], [blank] * len(s["pixels"]), c) for s in samples]
             if not rows:                                  # no sample is usable: <s> alone, without a target
-                rows = [expand_images([self.builder.text.bos], [0], [], c)]
+                rows = [expand_images([self.builder.text.newline], [0], [], c)]
             streams = Streams.from_ids([ids for ids, _ in rows], c, loss_mask=[loss_mask for _, loss_mask in rows])
         pixels = [picture for sample in samples for picture in sample["pixels"]]
         drawn = torch.tensor([sample["drawn"] for sample in samples for _ in sample["pixels"]], dtype=torch.bool)
@@ -365,7 +365,7 @@ def inspect_files(files, images, builder, limit):
 
 def bracketed(text, ids, loss_mask):
     """Tokens back to text, <image> for a picture, [targets of the loss]"""
-    pieces = [MARK if i == IMG else text.model.id_to_piece(i).replace("\u2581", " ") for i in ids]
+    pieces = [MARK if i == IMG else text.piece(i) for i in ids]
     groups = itertools.groupby(zip(loss_mask, pieces), key=lambda pair: pair[0])
     parts = [(label, "".join(piece for _, piece in group)) for label, group in groups]
     return "".join(f"[{part}]" if label else part for label, part in parts)
@@ -375,7 +375,7 @@ def main():
     parser = argparse.ArgumentParser(description=inspect_files.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of image paths in JSON files")
-    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with tokenizer.model and config.json")
+    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with its tokenizer and config.json")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",
@@ -388,7 +388,7 @@ def main():
         raise UserError(f"{path}: {positions} positions, too few for a picture of {args.grid} x {args.grid} tokens: "
                         "give the image tokenizer's --grid")
     config = SimpleNamespace(image_tokens=image_tokens, max_position_embeddings=positions)
-    builder = SampleBuilder(Text(path.with_name("tokenizer.model")), config, 14, args.max_length)
+    builder = SampleBuilder(open_text(path.parent), config, 14, args.max_length)
     inspect_files(args.files, args.images, builder, args.limit)
 
 

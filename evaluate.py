@@ -233,7 +233,7 @@ def read_kept(path, settings):
 def fingerprint(model):
     """A few letters that change with the weights, the configuration or a tokenizer, and with nothing else"""
     digest = hashlib.sha256(repr(getattr(model, "halves", model.config)).encode())
-    digest.update(model.tokenizers.text.model.serialized_model_proto())
+    digest.update(model.tokenizers.text.path.read_bytes() + model.tokenizers.text.template.encode())
     for module in filter(None, (model, model.tokenizers.image)):
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():                # the sum of all bits is the same in every order

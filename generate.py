@@ -70,8 +70,9 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
-    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop`, or is at the
-    end of the positions, repeats it; when all have, generation ends. graphs: on a GPU; sampling: see Sampler.
+    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced one of `stop`
+    (ids), or is at the end of the positions, repeats the first; when all have, generation ends. graphs: on a GPU;
+    sampling: see Sampler.
     """
     c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
@@ -87,8 +88,8 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=
         tokens = next_tokens(model, hidden, places, sampler)
         if stop is not None:
             done |= torch.tensor(limits) <= number
-            tokens[done] = stop
-            done |= tokens[:, 0] == stop
+            tokens[done] = stop[0]
+            done |= torch.isin(tokens[:, 0], torch.tensor(stop))
         yield tokens
         if done.all() or number == max_new_tokens - 1:
             return
@@ -163,7 +164,7 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
     for question, pictures in rows:
         new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
         if raw or question is None:
-            ids = [text.bos] + [IMG, text.newline] * len(pictures) + text.plain(question or "")[1:]
+            ids = text.start + [IMG, text.newline] * len(pictures) + text.plain(question or "")[len(text.start):]
         else:
             ids, _ = text.chat([*history, (question, new_pictures, None)])
         if is_libra:
@@ -182,7 +183,7 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
     text, most, steps, written = model.tokenizers.text, model.config.max_position_embeddings, [], ""
     prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
     continue_prompts = getattr(model, "generate", partial(generate, model))
-    for tokens in continue_prompts(prompts, signal, max_new_tokens, text.eos, **sampling):
+    for tokens in continue_prompts(prompts, signal, max_new_tokens, text.ends, **sampling):
         steps.append(tokens[:, 0].tolist())
         if out:
             words = text.decode([step[0] for step in steps])
@@ -191,7 +192,7 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
                 written = words
     answers = []
     for prompt, ids in zip(prompts, torch.tensor(steps).T.tolist()):
-        n_tokens = ids.index(text.eos) if text.eos in ids else len(ids)
+        n_tokens = next((place for place, token in enumerate(ids) if token in text.ends), len(ids))
         cut = len(prompt) + n_tokens >= most or n_tokens == len(ids) < max_new_tokens
         answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), cut))
     if out:
@@ -220,7 +221,7 @@ def complete(model, images, rows, **sampling):
     text, grid = model.tokenizers.text, model.config.image_feature_resolution
     if not 0 < rows < grid:
         raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
-    start = [text.bos] + [text.newline] * model.config.text_to_image + [IMG]
+    start = text.start + [text.newline] * model.config.text_to_image + [IMG]
     codes, _ = encode_images(model, images, square=False)
     return finish_images(model, [start] * len(images), codes, rows * grid, **sampling)
 

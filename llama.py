@@ -5,7 +5,8 @@
 
 Letters: B rows, L positions, D hidden size, H heads (key-value heads may be fewer), d head_dim, V vocabulary.
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    rope_scaling: dict = field(default_factory=dict)      # {}: none; of Llama 3.1, or linear
+    qkv_bias: bool = False                                # Qwen 2
     # Not fields: no LLaMA's config.json sets them, another model's configuration may.
     bias, hidden_act = False, "silu"                      # biases of all seven matrices of a layer; the gate's function
 
@@ -62,9 +65,22 @@ def rope_tables(config, positions, dtype):
     """Positions (...) -> cos, sin (..., d), float32 or finer; sin is negative in the first half, for apply_rope. Angles
     are float32, as in the published model."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None].float() * config.rope_theta ** -exponents
+    angles = positions[..., None].float() * scale_rope(config.rope_theta ** -exponents, config.rope_scaling)
     cos, sin = (f(angles.to(torch.promote_types(dtype, torch.float32))) for f in (torch.cos, torch.sin))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def scale_rope(frequencies, scaling):
+    """Longer contexts by lower frequencies: all of them (linear), or only those of waves longer than the context that
+    the model was first trained on (llama3), with a slope between the two."""
+    if not scaling:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)         # in the first context
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def apply_rope(x, rope):
@@ -179,9 +195,9 @@ class Attention(nn.Module):
         super().__init__()
         c = self.config = config
         width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, width, c.bias)
-        self.k_proj = Linear(c.hidden_size, kv_width, c.bias)
-        self.v_proj = Linear(c.hidden_size, kv_width, c.bias)
+        self.q_proj = Linear(c.hidden_size, width, c.bias or c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_width, c.bias or c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_width, c.bias or c.qkv_bias)
         self.o_proj = Linear(width, c.hidden_size, c.bias)
 
     def split_heads(self, x):

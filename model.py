@@ -10,7 +10,6 @@ Letters: B rows, L positions, D hidden size, H heads, d head_dim, V text vocabul
 the grid of codes, C width of the contiguous signal E_c; n_text and n_image tokens in the two streams.
 """
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config import check_divisible, is_llama
-from common.weights import UserError, assign, replaced, save_tensors, shapes_only, write_json
+from common.weights import UserError, assign, save_tensors, shapes_only, write_json
 from llama import (
     Attention,
     Block,
@@ -37,7 +36,7 @@ from llama import (
     swiglu,
 )
 from streams import IMAGE, TEXT
-from text import Text
+from text import Text, open_text
 from tokenizer import ImageTokenizer
 
 
@@ -56,6 +55,7 @@ class LibraConfig(LlamaConfig):
     discrete_only: bool = False                           # Table 3 (f): E_c is zero throughout
     contiguous_targets: bool = False                      # Table 3 (b): image positions regress the next token's E_c
     text_to_image: bool = False                           # trained to draw, E_c = 0 behind a caption (Sec. 4.3)
+    chat_template: str = "vicuna"                         # a name of text.TEMPLATES
 
     def __post_init__(self):
         super().__post_init__()
@@ -358,7 +358,7 @@ class Libra(Llama):
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a model folder with config.json in it")
-        tokenizers = Tokenizers(Text(folder / "tokenizer.model"),
+        tokenizers = Tokenizers(open_text(folder),
                                 ImageTokenizer.from_pretrained(image_tokenizer or folder, device))
         sizes = vision_sizes(tokenizers.image.config) | {"newline_token_id": tokenizers.text.newline}
         model = load(folder, sizes, dtype, **changes)
@@ -368,10 +368,11 @@ class Libra(Llama):
                 raise UserError(f"{folder}/config.json: {name} is {getattr(model.config, name)}, but the tokenizers "
                                 f"beside it have {value}: these files do not belong together")
         model.tokenizers = tokenizers
+        model.config.chat_template = tokenizers.text.use_template(model.config.chat_template)
         return model.to(device)
 
     def save_pretrained(self, folder, tensors=None):
-        """A model folder: config.json, model.safetensors, tokenizer.model, image_tokenizer/. tensors: the weights to
+        """A model folder: config.json, model.safetensors, the tokenizer, image_tokenizer/. tensors: the weights to
         write, if they are not those of this process"""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -380,9 +381,7 @@ class Libra(Llama):
             del tensors["lm_head.weight"]
         save_tensors(folder / "model.safetensors", tensors)
         if self.tokenizers is not None:
-            if self.tokenizers.text.path.resolve() != (folder / "tokenizer.model").resolve():
-                with replaced(folder / "tokenizer.model") as draft:
-                    shutil.copyfile(self.tokenizers.text.path, draft)
+            self.tokenizers.text.save(folder)
             self.tokenizers.image.save_pretrained(folder / "image_tokenizer")
         write_json(folder / "config.json", self.config.to_dict())
 

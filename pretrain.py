@@ -27,6 +27,8 @@ from tokenizer import to_picture, to_rgb
 from training import engine, plan
 from training.checkpoints import Checkpoints, Stop, fingerprint
 
+TEMPLATE_HELP = "of chats: the paper's, or the LLM's own (Llama 2, Llama 3, ChatML); None: the model's, at first vicuna"
+
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
@@ -35,6 +37,7 @@ def options():
     g.add_argument("--image-tokenizer", metavar="DIR",
                    help=f"folder of train_tokenizer.py, or libra-vision-tokenizer; None: {TOY}/tokenizer")
     g.add_argument("--max-length", type=POSITIVE, default=700, metavar="N", help="tokens of a sample")
+    g.add_argument("--template", choices=("vicuna", "llm"), help=TEMPLATE_HELP)
     g.add_argument("--text-to-image", type=bounded(float, 0, 1), default=0.0, metavar="SHARE",
                    help="of samples with caption before image and E_c = 0 (Sec. 4.3)")
     g.add_argument("--no-caption-end", action="store_true", help="no </s> after captions, as the authors' release")
@@ -58,6 +61,8 @@ def main():
              "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
     if args.text_to_image:                                # a Libra that can draw stays one
         sizes["text_to_image"] = True
+    if args.template:                                     # else a Libra keeps its own
+        sizes["chat_template"] = args.template
     if args.plan:
         return plan.show_libra(args, "pretrain", args.llm, args.image_tokenizer, **sizes)
     refuse_other_sizes(args.llm, sizes)
@@ -266,7 +271,7 @@ def save_page(dist, model, batches, path, n_rows=6, side=112):
         for x, picture in ((0, to_rgb(batch.pixels[n].float())), (side, rgb)):
             page.paste(to_picture(picture).resize((side, side)), (x, n * side))
         for y, ids, color in ((4, s.text_ids.cpu(), "black"), (60, guesses, "blue")):
-            ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in (text.bos, text.eos)]
+            ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in text.start + text.ends]
             lines = "\n".join(textwrap.wrap(text.decode(ids), 100)[-3:])
             ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
     path.parent.mkdir(exist_ok=True)

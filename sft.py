@@ -10,7 +10,7 @@ import argparse
 from common.cli import POSITIVE, TOY, Help, require_path, run
 from data import SampleBuilder
 from model import Libra
-from pretrain import train_libra
+from pretrain import TEMPLATE_HELP, train_libra
 from training import engine, plan
 
 
@@ -18,6 +18,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
     g = parser.add_argument_group("the model and its samples")
     g.add_argument("--model", metavar="DIR", help=f"folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
+    g.add_argument("--template", choices=("vicuna", "llm"), help=TEMPLATE_HELP)
     g.add_argument("--max-length", type=POSITIVE, default=2048, metavar="N", help="longer samples are cut at the right")
     engine.add_options(parser, "sft", "chats/chat.json", "LLaVA JSON, or captions", steps=7000, warmup=300, batch=128,
                        lr=2e-5, text=300)
@@ -30,7 +31,8 @@ def main():
         return plan.show_libra(args, "sft", args.model)
     args.model = args.model or TOY / "pretrain"
     dist = engine.setup(args)
-    model = Libra.from_pretrained(require_path(args.model))
+    changes = {"chat_template": args.template} if args.template else {}
+    model = Libra.from_pretrained(require_path(args.model), **changes)
     builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
                             args.max_length, args.seed)
     train_libra(args, dist, model, builder)

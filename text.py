@@ -1,25 +1,39 @@
-"""Text (Sec. 3.1, Eq. 7): SentencePiece pieces around images, the chat template, and which tokens the loss counts.
+"""Text (Sec. 3.1, Eq. 7): pieces around images, the chat template, and which tokens the loss counts.
 
-    text = Text("llama/tokenizer.model")
+    text = open_text("llama")                             # a folder with tokenizer.model or tokenizer.json
     ids, loss_mask = text.chat([("What is this?", 1, "A cat.")])      # one image, then a question and its answer
 
 A sequence is two lists: token ids, with IMG for a whole image, and `loss_mask`, 1 where the token is a target of the
 loss. Both grow piece by piece, so the mask never depends on offsets in a string.
 """
+import shutil
 from itertools import accumulate
+from pathlib import Path
 
 import sentencepiece
 import torch
 
-from common.weights import UserError, check_file
+from common.weights import UserError, check_file, read_json, replaced
 
 IMG = -1                     # stands for one whole image (BOI, codes, EOI) in a list of token ids
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions.")                                          # Eq. 10
+TEMPLATES = {   # what stands before the first question, before a later one, between question and answer
+    "vicuna": ("{} USER: ", "USER: ", " ASSISTANT:"),
+    "llama2": ("[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]"),
+    "llama3": ("<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+               "<|start_header_id|>user<|end_header_id|>\n\n",
+               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "chatml": ("<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n", "\n<|im_start|>user\n",
+               "<|im_end|>\n<|im_start|>assistant\n")}
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}   # of an answer; else </s>
+SIGNS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "[INST]"}       # found in a chat_template
 
 
 class Text:
-    """The text before an image, after it, and after </s> is encoded each on its own."""
+    """SentencePiece (LLaMA 1 and 2, Vicuna). The text before an image, after it, and after </s> is encoded each on its
+    own. start: the ids that begin a sequence; ends: those that end an answer, `eos` first."""
+    template = "vicuna"
 
     def __init__(self, path):
         self.path = check_file(path)
@@ -27,12 +41,38 @@ class Text:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
-        self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
+        self.start, self.ends = [self.model.bos_id()], [self.model.eos_id()]
         self.newline, self.blank = self.model.piece_to_id("<0x0A>"), self.model.piece_to_id("▁")
         self.vocab_size = self.model.vocab_size()
-        if min(self.bos, self.eos) < 0 or not (self.model.is_byte(self.newline) and self.newline in self._encode("\n")):
+        bytes_ = self.model.is_byte(self.newline) and self.newline in self._encode("\n")
+        if min(self.start + self.ends) < 0 or not bytes_:
             raise UserError(f"{path}: expected a LLaMA-style model with <s>, </s>, byte fallback and newlines as they "
                             "are (normalization_rule_name=identity, remove_extra_whitespaces=False)")
+
+    @property
+    def eos(self):
+        return self.ends[0]
+
+    def use_template(self, name):
+        """name: of TEMPLATES, or "llm": the LLaMA's own, known by its tokenizer_config.json. -> the name"""
+        if name == "llm":
+            written = str(read_settings(self.path.parent, "tokenizer_config.json").get("chat_template"))
+            jinja = self.path.with_name("chat_template.jinja")
+            written += jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else ""
+            name = next((name for name, sign in SIGNS.items() if sign in written), None)
+        if name not in TEMPLATES or name in ENDS and self.id_of(ENDS[name]) is None:
+            raise UserError(f"{self.path.parent}: no chat template of a known family in tokenizer_config.json, or one "
+                            f"whose tokens the tokenizer lacks; known: {', '.join(SIGNS)}. Leave out --template llm")
+        self.template = name
+        if name in ENDS:
+            end = self.id_of(ENDS[name])
+            self.ends = [end, *(other for other in self.ends if other != end)]
+        return name
+
+    def id_of(self, token):
+        """Of a control token -> id or None"""
+        found = self.model.piece_to_id(token)
+        return found if self.model.is_control(found) else None
 
     def _encode(self, text):
         """Control tokens written in the text (<s>, </s>) stay text; lone surrogates become '?'."""
@@ -43,47 +83,166 @@ class Text:
         ids = self._encode("\n" + text)
         return ids[1:] if ids[0] == self.blank else ids
 
+    def _turn(self, opening, question, closing, n_images):
+        """A turn up to its answer"""
+        if not n_images:
+            return self._encode(opening + question + closing)
+        images = [IMG, self.newline] * (n_images - 1) + [IMG]
+        return self._encode(opening.rstrip(" ")) + images + self._after_image(question + closing)
+
+    def _answer(self, answer):
+        """-> the part of the template, ids of the answer. A '▁' that is a token of its own belongs to the template."""
+        ids = self._encode(f"{answer} ")
+        return ([self.blank], ids[1:]) if ids[0] == self.blank else ([], ids)
+
     def plain(self, text):
         """<s> text"""
-        return [self.bos] + self._encode(text)
+        return self.start + self._encode(text)
 
     def caption(self, caption, end=True, image_first=True, most=None):
         """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG] (Sec. 3.3, 4.3), with `most`
         tokens of the caption at most. A caption that is cut has no </s>. -> ids, loss_mask"""
         words = self._after_image(caption)[1:] if image_first else self._encode(caption)
         end = [self.eos] if end and image_first and (most is None or len(words) <= most) else []
-        words = words[:most] + end
+        words, start = words[:most] + end, [0] * len(self.start)
         if image_first:
-            return [self.bos, IMG, self.newline] + words, [0, 1, 0] + [1] * len(words)
-        return [self.bos] + words + [self.newline, IMG], [0] + [1] * len(words) + [0, 1]
+            return self.start + [IMG, self.newline] + words, start + [1, 0] + [1] * len(words)
+        return self.start + words + [self.newline, IMG], start + [1] * len(words) + [0, 1]
 
     def chat(self, turns, system=SYSTEM):
-        """The template of Eq. 7 over turns (question, number of images, answer); an answer None is left open. Only
+        """The template (Eq. 7) over turns (question, number of images, answer); an answer None is left open. Only
         answers with their </s> are counted (Eq. 8). -> ids, loss_mask"""
-        ids, loss_mask = [self.bos], [0]
+        first, later, closing = TEMPLATES[self.template]
+        ids = [] if self.template == "chatml" else list(self.start)
+        loss_mask = [0] * len(ids)
 
         def add(piece, label=0):
             ids.extend(piece)
             loss_mask.extend([label] * len(piece))
 
         for turn, (question, n_images, answer) in enumerate(turns):
-            opening = f"{system} USER:" if turn == 0 and system else "USER:"
-            if n_images:
-                add(self._encode(opening) + [IMG, self.newline] * (n_images - 1) + [IMG])
-                add(self._after_image(f"{question} ASSISTANT:"))
-            else:
-                add(self._encode(f"{opening} {question} ASSISTANT:"))
+            opening = first.format(system) if turn == 0 and system else later
+            if turn and self.template == "llama2":        # every turn begins with <s>
+                add(self.start)
+            add(self._turn(opening if turn else opening.lstrip("\n"), question, closing, n_images))
             if answer is not None:
-                piece = self._encode(f"{answer} ") + [self.eos]
-                n_template = int(piece[0] == self.blank)  # a '▁' that is a token of its own belongs to the template
-                add(piece[:n_template])
-                add(piece[n_template:], 1)
+                of_template, piece = self._answer(answer)
+                add(of_template)
+                add(piece + [self.eos], 1)
         return ids, loss_mask
 
     def decode(self, ids):
-        """Generated ids up to </s>, without the lone '▁' before it. Padding rows of the embedding have no piece."""
-        ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
-        return self.model.decode([i for i in ids if i != self.bos and i < self.vocab_size]).strip()
+        """Generated ids up to the first of `ends`, without the lone '▁' before it. Padding rows of the embedding have
+        no piece."""
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return self._words([i for i in ids[:end] if i not in self.start and i < self.vocab_size]).strip()
+
+    def _words(self, ids):
+        return self.model.decode(ids)
+
+    def piece(self, token):
+        """A token as it is shown"""
+        return self.model.id_to_piece(token).replace("▁", " ")
+
+    def save(self, folder):
+        """Copy the files that were read into a model folder."""
+        for name in (self.path.name, *SETTINGS, "chat_template.jinja"):
+            old, new = self.path.with_name(name), Path(folder) / name
+            if old.is_file() and old.resolve() != new.resolve():
+                with replaced(new) as draft:
+                    shutil.copyfile(old, draft)
+
+
+class BytePairText(Text):
+    """tokenizer.json with byte-level BPE (Llama 3, SmolLM2, Qwen 2.5), read by the package tokenizers. Behind an image
+    stands the token of a newline alone; a space after it stays with the next word. A model without a BOS begins with
+    its first token. An answer begins with the template's space and ends without one."""
+
+    def __init__(self, path):
+        import tokenizers
+        self.path = check_file(path)
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001        # the package raises nothing narrower
+            raise UserError(f"{path}: cannot be read as a tokenizer ({str(error)[:99]})") from None
+        self.model.no_padding()
+        self.model.no_truncation()
+        self.vocab_size = 1 + max(self.model.get_vocab().values(), default=-1)
+        newline = self._encode("\n")
+        if len(newline) != 1 or self.model.decode(newline) != "\n":
+            raise UserError(f"{path}: expected byte-level BPE with a token for a newline; a SentencePiece model is "
+                            "read from its tokenizer.model")
+        self.newline, self.start, self.ends = newline[0], self.special("bos")[:1], self.special("eos")
+        if not self.ends:
+            raise UserError(f"{path}: no end token; expected eos_token in the tokenizer_config.json beside it")
+
+    def special(self, name):
+        """Ids of the bos or eos token, by the first file that names it; for eos also those of generation_config.json"""
+        files, found = [read_settings(self.path.parent, file) for file in SETTINGS], []
+        for settings in [s for s in files[:2] if f"{name}_token" in s][:1]:
+            token = settings[f"{name}_token"]
+            token = token.get("content") if isinstance(token, dict) else token
+            found = [] if token is None else [self.id_of(str(token))]
+            if name == "bos":
+                return self.known(found, name)
+        more = files[2].get(f"{name}_token_id")
+        return self.known(found + [i for i in (more if isinstance(more, list) else [more]) if i is not None], name)
+
+    def known(self, ids, name):
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise UserError(f"{self.path.parent}: the {name} token is not in tokenizer.json: the files beside it are "
+                            "another tokenizer's")
+        return list(dict.fromkeys(ids))
+
+    def id_of(self, token):
+        return self.model.token_to_id(token)
+
+    def _encode(self, text, control=False):
+        """control: control tokens written in the text are tokens, as templates need them"""
+        self.model.encode_special_tokens = not control
+        return self.model.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False).ids
+
+    def _after_image(self, text):
+        return [self.newline] + self._encode(text)
+
+    def _turn(self, opening, question, closing, n_images):
+        head = opening.rstrip(" ")
+        space = "" if n_images else opening[len(head):]
+        return (self._encode(head, control=True) + [IMG, self.newline] * n_images + self._encode(space + question)
+                + self._encode(closing, control=True))
+
+    def _answer(self, answer):
+        return [], self._encode(answer if self.template in ENDS else " " + answer)
+
+    def _words(self, ids):
+        return self.model.decode(ids, skip_special_tokens=True)
+
+    def piece(self, token):
+        return self.model.decode([token], skip_special_tokens=False)
+
+
+SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+
+
+def read_settings(folder, name):
+    """-> a JSON file's object, {} where there is none"""
+    return read_json(path) if (path := Path(folder) / name).is_file() else {}
+
+
+def open_text(folder):
+    """The text of a model folder: its tokenizer.model, or its tokenizer.json. Where both are, they must agree."""
+    pieces, bytes_ = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
+    if not pieces.exists() and not bytes_.exists():
+        raise UserError(f"{folder}: no tokenizer; expected tokenizer.model (SentencePiece) or tokenizer.json "
+                        "(byte-level BPE)")
+    if not pieces.exists():
+        return BytePairText(bytes_)
+    text = Text(pieces)
+    if bytes_.exists():
+        vocabulary = read_json(bytes_).get("model", {}).get("vocab", {})
+        if any(vocabulary.get(text.model.id_to_piece(i)) != i for i in range(text.vocab_size)):
+            raise UserError(f"{folder}: tokenizer.model and tokenizer.json differ: remove that of another model")
+    return text
 
 
 def truncate(ids, loss_mask, max_length, image_tokens):

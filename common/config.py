@@ -11,9 +11,11 @@ REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 REQUIRED_VISION = {"vision_vocab_size", "vision_codebook_num", "image_feature_resolution", "contiguous_signal_size",
                    "newline_token_id", "vision_down_ratio", "bridge_rank"}
 ALLOWED = {   # the values under which a model is the one computed here
-    "model_type": ("llama", "libra", "mistral"), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,),
-    "concat_signals": (True,), "norm_signals": (True,), "vision_prediction_mode": ("1d",)}
-PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+    "model_type": ("llama", "libra", "mistral", "qwen2"), "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0,), "concat_signals": (True,), "norm_signals": (True,),
+    "vision_prediction_mode": ("1d",)}
+SCALED_ROPE = {"linear": ("factor",),
+               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 # Fields of no effect here: of files, training, generate() and other programs; also all of the form _* and *_token_id.
 IGNORED = """architectures torch_dtype dtype transformers_version auto_map tokenizer_class transformers.js_config
     is_llama_config unsloth_version unsloth_fixed model_name id2label label2id initializer_range pretraining_tp
@@ -33,11 +35,18 @@ def read_config(cls, path, sizes, changes):
     """config.json -> cls(**fields). sizes: fields that the file may lack; changes: fields that override the file's."""
     values = {name: value for name, value in read_json(path).items() if value is not None}
     known, image_tokens = {field.name for field in fields(cls)}, values.pop("max_vision_token_length", None)
+    for name in ("rope_scaling", "rope_parameters"):      # the latter: newer versions of Hugging Face
+        if name in values:
+            rope = values.pop(name)
+            sizes = sizes | {"rope_scaling": read_rope(rope, name, path)}
+            values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if values.get("model_type") == "qwen2":
+        values["qkv_bias"] = True
+    if values.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)
     for name in [name for name in values if name not in known]:
         if not has_no_effect(name, value := values.pop(name)):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, which this model does not compute")
-        if name.startswith("rope_") and "rope_theta" in (value or ()):        # newer versions of Hugging Face
-            values["rope_theta"] = value["rope_theta"]
     if missing := (REQUIRED if is_llama(path) else REQUIRED | REQUIRED_VISION) - values.keys():
         raise UserError(f"{path}: it lacks {', '.join(sorted(missing))}")
     config = make_config(cls, sizes | values | changes, path)
@@ -47,13 +56,28 @@ def read_config(cls, path, sizes, changes):
     return config
 
 
+def read_rope(rope, name, source):
+    """rope_scaling or rope_parameters -> what llama.scale_rope takes. "dynamic" changes nothing up to
+    max_position_embeddings, which is all that we compute."""
+    refused = UserError(f"{source}: {name} is {reprlib.repr(rope)}, which this model does not compute")
+    if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
+        raise refused
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
+    if not kinds and rope.keys() <= {"rope_theta", "partial_rotary_factor"}:
+        return {}
+    if not kinds or kinds[0] not in ("default", "dynamic", *SCALED_ROPE) or kinds[-1] != kinds[0]:
+        raise refused
+    numbers = {key: rope.get(key) for key in SCALED_ROPE.get(kinds[0], ())}
+    if not all(type(x) in (int, float) and 0 < x < 1e30 for x in numbers.values()) or (
+            kinds[0] == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]):
+        raise refused
+    return {"rope_type": kinds[0]} | numbers if numbers else {}
+
+
 def has_no_effect(name, value):
     """Is a model with this field, which is none of ours, the one computed here?"""
     if name in ALLOWED:
         return value in ALLOWED[name]
-    if name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-        typed = "rope_type" in value or "type" in value or value.keys() <= {"rope_theta", "partial_rotary_factor"}
-        return typed and all(value.get(key, plain) == plain for key, plain in PLAIN_ROPE.items())
     if name == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
     return not value or name in IGNORED.split() or name.startswith("_") or name.endswith("_token_id")

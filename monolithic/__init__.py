@@ -22,6 +22,6 @@ def open_model(args, device):
     cls = getattr(importlib.import_module(f"monolithic.{module}"), name)
     model = cls.from_pretrained(args.model, dtype, device).eval()
     if model.text is None:
-        raise UserError(f"{args.model}: no tokenizer.model in it; without one this model takes ids only")
+        raise UserError(f"{args.model}: no tokenizer.model or .json in it; without one this model takes ids only")
     model.tokenizers, model.config = Tokenizers(model.text, None), model.halves[-1]
     return model

@@ -5,7 +5,6 @@ image tokens of a batch, S pixels and g patches of a tile's side, R x C tiles of
 """
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from common.weights import UserError, assign, save_tensors, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
 from llama import Attention, KVCache, causal_attention, linear, rope_tables
 from model import cross_entropy
-from text import IMG, Text
+from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
 
 # ---------------------------------------------------------------- tiles
@@ -245,7 +244,7 @@ class ChatBuilder:
         return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
 
     def collate(self, samples, bad):
-        rows = [sample["ids"] for sample in samples] or [[self.text.bos]]     # no sample is usable: no target
+        rows = [sample["ids"] for sample in samples] or [[self.text.newline]]     # no sample is usable: no target
         labels = [sample["labels"] for sample in samples] or [[0]]
         pictures = [picture for sample in samples for picture in sample["pictures"]]
         names = [sample["name"] for sample in samples]
@@ -318,10 +317,10 @@ def answer_loss(model, ids, loss_mask, picture):
 
 
 def load(model, tensors, folder, device):
-    """Into a model built by shapes_only; with the folder's text, if it has tokenizer.model. -> the model"""
+    """Into a model built by shapes_only; with the folder's text, if it has a tokenizer. -> the model"""
     assign(model, tensors, folder)
-    if (path := Path(folder) / "tokenizer.model").exists():
-        model.text = Text(path)
+    if any((Path(folder) / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        model.text = open_text(folder)
     return model.to(device)
 
 
@@ -329,7 +328,7 @@ SHARD_BYTES = 5e9                                         # the most of one file
 
 
 def save_folder(folder, tensors, text, config):
-    """A model folder: config.json, tokenizer.model, and model.safetensors or its shards with their index. tensors: of
+    """A model folder: config.json, the tokenizer, and model.safetensors or its shards with their index. tensors: of
     all processes"""
     folder, shards, size = Path(folder), [{}], 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -347,8 +346,8 @@ def save_folder(folder, tensors, text, config):
         write_json(index, {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                            "weight_map": {name: file for file, shard in files.items() for name in shard}})
     (whole if len(shards) > 1 else index).unlink(missing_ok=True)     # of an earlier, smaller or larger model
-    if text and text.path.resolve() != (folder / "tokenizer.model").resolve():
-        shutil.copyfile(text.path, folder / "tokenizer.model")
+    if text:
+        text.save(folder)
     write_json(folder / "config.json", config)
 
 
@@ -361,8 +360,8 @@ def row_lengths(model, rows):
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=True, **sampling):
     """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare
-    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop` repeats it; when all have, generation ends,
-    or when the longest row is at the end of the positions.
+    returns. Yields (B, 1) ids on the CPU. A row that has produced one of `stop` (ids) repeats the first; when all have,
+    generation ends, or when the longest row is at the end of the positions.
 
     model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each of model.halves, the configurations, the
     last of which knows the pictures; model.row_lengths(rows): lists of lengths, for each half; model.text: None, or
@@ -397,8 +396,8 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=
     for number in range(max_new_tokens):
         tokens = sampler(linear(last, head), range(len(rows)))
         if stop is not None:
-            tokens[done] = stop
-            done |= tokens == stop
+            tokens[done] = stop[0]
+            done |= torch.isin(tokens, torch.tensor(stop))
         yield tokens[:, None]
         if done.all() or number == max_new_tokens - 1:
             return

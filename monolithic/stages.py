@@ -7,7 +7,7 @@ from common.weights import UserError, assign, shapes_only
 from llama import Llama
 from monolithic import shared
 from pretrain import train
-from text import Text
+from text import open_text
 from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
 from training import engine
 from training.checkpoints import fingerprint
@@ -48,7 +48,7 @@ def start(parser, *stage_1):
 def new_parts(args):
     """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, text, sizes = Llama.from_pretrained(folder), Text(folder / "tokenizer.model"), read_clip_sizes(clip_folder)
+    llm, text, sizes = Llama.from_pretrained(folder), open_text(folder), read_clip_sizes(clip_folder)
     with shapes_only():
         clip = ClipViT(**sizes)
     assign(clip, read_clip_weights(clip_folder), clip_folder)
@@ -60,7 +60,7 @@ def trained_before(args, name, cls):
     """Later stages -> the model of the stage before"""
     folder = Path(require_path(args.model or TOY / f"{name}-{args.stage - 1}"))
     model = cls.from_pretrained(folder)
-    model.text = Text(folder / "tokenizer.model")
+    model.text = open_text(folder)
     return model
 
 

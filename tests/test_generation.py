@@ -144,9 +144,9 @@ def test_a_drawing_at_its_end_beside_text():
     c = model.config
     drawing = torch.cat([tiny.text_ids(c, c.max_position_embeddings - 5, g), tiny.image_ids(c, 0)])
     text, stop = tiny.interleaved(c, 0, g), 2
-    together = stack(generate(model, [drawing, text], None, 30, stop=stop))
+    together = stack(generate(model, [drawing, text], None, 30, stop=[stop]))
     for row, prompt in zip(together, (drawing, text)):
-        alone = stack(generate(model, [prompt], None, 30, stop=stop))[0]
+        alone = stack(generate(model, [prompt], None, 30, stop=[stop]))[0]
         assert torch.equal(row[:len(alone)], alone) and (row[len(alone):] == stop).all()
     assert (together[0, :4] >= c.vocab_size).all() and (together[0, 4:] == stop).all()
 
@@ -176,7 +176,7 @@ def test_stop_and_room():
     prompt = tiny.interleaved(model.config, 0, g)
     free = stack(generate(model, [prompt], None, 10))[0, :, 0].tolist()
     stop = free[3]
-    stopped = stack(generate(model, [prompt], None, 10, stop=stop))[0, :, 0].tolist()
+    stopped = stack(generate(model, [prompt], None, 10, stop=[stop]))[0, :, 0].tolist()
     assert stopped == free[:free.index(stop) + 1]
     long = tiny.text_ids(model.config, 125, g)
     assert len(list(generate(model, [long], None, 50))) == 3      # max_position_embeddings is 128

@@ -180,8 +180,8 @@ def test_a_long_neighbour_does_not_cut_an_answer():
     model = tiny.libra(max_position_embeddings=24)
     model.lm_head.weight.data[-1] = 0                     # the stop token is never the likeliest
     long, short = tiny.text_ids(model.config, 20), tiny.text_ids(model.config, 5)
-    alone = [list(continued(model, [prompt], None, 15, stop=model.config.vocab_size - 1)) for prompt in (long, short)]
-    both = list(continued(model, [long, short], None, 15, stop=model.config.vocab_size - 1))
+    alone = [list(continued(model, [prompt], None, 15, stop=[model.config.vocab_size - 1])) for prompt in (long, short)]
+    both = list(continued(model, [long, short], None, 15, stop=[model.config.vocab_size - 1]))
     assert len(alone[0]) == 4 and len(both) == len(alone[1]) == 15
     assert all((b[1] == a[0]).all() for a, b in zip(alone[1], both))
     assert all((b[0] == a[0]).all() for a, b in zip(alone[0], both))

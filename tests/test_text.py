@@ -31,7 +31,7 @@ def test_text_after_an_image_has_no_blank_of_its_own(text):
     assert loss_mask == [0, 1, 1, 1, 0, 1]
     assert text.caption("the red square", end=False)[0][-1] != text.eos
     assert text.caption("the red square", most=2)[0] == text.caption("the red square")[0][:5]
-    assert text.caption("") == ([text.bos, IMG, text.newline, text.eos], [0, 1, 0, 1])
+    assert text.caption("") == ([text.start[0], IMG, text.newline, text.eos], [0, 1, 0, 1])
 
 
 def test_chat_labels_only_answers(text):
@@ -52,7 +52,7 @@ def test_chat_labels_only_answers(text):
 def test_control_tokens_in_user_text_stay_text(text):
     for word in ("<s>", "</s>", "<image>", "<unk>"):
         ids, _ = text.chat([(f"is {word} red", 1, f"{word} is")])
-        assert ids.count(text.bos) == 1 and ids.count(text.eos) == 1 and ids.count(IMG) == 1 and 0 not in ids
+        assert ids.count(text.start[0]) == 1 and ids.count(text.eos) == 1 and ids.count(IMG) == 1 and 0 not in ids
         assert word in text.model.decode([i for i in ids if i != IMG])
     ids = text.plain("lone \ud800 surrogate, é ☃ \n\n end")
     assert text.model.decode(ids).endswith("é ☃ \n\n end")

@@ -174,7 +174,7 @@ def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled)
     ("rope_parameters", 5, "rope_parameters is 5"),
     ("sliding_window", 4096, "sliding_window is 4096"), ("attention_bias", True, "attention_bias is True"),
     ("mlp_bias", True, "mlp_bias is True"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
-    ("model_type", "qwen2", "model_type is 'qwen2'"), ("num_experts", 8, "num_experts is 8"),
+    ("model_type", "qwen3", "model_type is 'qwen3'"), ("num_experts", 8, "num_experts is 8"),
     ("unified_head", True, "unified_head is True"), ("intermediate_size", None, "it lacks intermediate_size"),
     ("bridge_rank", None, "it lacks bridge_rank"), ("max_vision_token_length", 578, "max_vision_token_length is 578"),
     ("vision_down_ratio", 5, "does not divide by 5"), ("vocab_size", 379, "tensors have another type or shape"),
@@ -259,7 +259,7 @@ def test_fields_without_effect(folder, tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("rope_parameters", {"type": "linear", "factor": 2.0}), ("rope_parameters", {"factor": 2.0, "rope_theta": 1e4}),
+    ("rope_parameters", {"type": "linear", "factor": -2.0}), ("rope_parameters", {"factor": 2.0, "rope_theta": 1e4}),
     ("rope_scaling", {"rope_type": "default", "type": "yarn"}), ("rope_scaling", {"type": ["default"]}),
     ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}), ("rope_scaling", 2.0), ("rope_interleaved", True),
     ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}), ("partial_rotary_factor", 0.5),

@@ -34,7 +34,7 @@ from generate import encode_prompts, generate
 from llama import Llama
 from monolithic import open_model
 from monolithic.shared import Batch, pad
-from text import Text
+from text import open_text
 from toy.ablate import run_script
 from toy.make import text_rows, write_evaluation
 from toy.report import read_log, score_answers
@@ -229,7 +229,7 @@ def write_table(args):
     rows, costs = [row for row in args.rows if finished(args, row)], args.out / "costs.json"
     costs = read_json(costs) if costs.exists() else {}
     base = Llama.from_pretrained(args.toy / "llama").eval()
-    base.tokenizers = SimpleNamespace(text=Text(args.toy / "llama/tokenizer.model"))
+    base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
     for name, digits in COLUMNS.items():
         lines.append([name])

@@ -24,7 +24,7 @@ from common.cli import POSITIVE, SEED, TOY, Help, run
 from common.weights import save_tensors, write_json
 from model import Libra, LibraConfig
 from streams import Streams
-from text import IMG, SYSTEM, Text
+from text import IMG, SYSTEM, open_text
 from tokenizer import CLIP_MEAN, CLIP_STD, ClipViT, prepare
 from toy import world
 
@@ -174,7 +174,7 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3, early=0.3):
     """A LLaMA that has read text maps of scenes and can look things up in them. For the first 30 % of the steps scenes
     have two objects and questions ask for what is found by its shape; without that it never learns to."""
     train_sentencepiece(folder, seed)
-    text = Text(folder / "tokenizer.model")
+    text = open_text(folder)
     config = LibraConfig(vocab_size=text.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
                          num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, use_expert=False,
                          use_bridge=False)
