@@ -135,9 +135,12 @@ def causal_attention(q, k, v, mask=None):
     Without a mask a single query sees all keys, and L = L_k queries see the keys up to their own position.
     mask: bool, True where a query sees a key, broadcast to (B, H, L, L_k).
     """
-    if q.is_cuda and mask is not None and q.shape[1] != k.shape[1]:       # no fast kernel for grouped heads and a mask
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1:                       # the heads of a group as queries of one head
+        return F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, k.shape[3]), k, v, mask).view(q.shape)
+    if grouped and q.is_cuda and mask is not None:        # no fast kernel for grouped heads and a mask
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     if mask is not None or q.shape[2] == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 sft.py --model runs/pretrain --data llava_v1_5_mix665k.json --images DIR --out runs/sft
 
 Only answers with their </s> count in the loss (Eq. 7, 8). Captions, as pretrain.py reads them, are learned as captions.
+With --freeze-llm the LLaMA stays as it was, bit for bit.
 """
 import argparse
 
@@ -18,6 +19,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
     g = parser.add_argument_group("the model and its samples")
     g.add_argument("--model", metavar="DIR", help=f"folder of pretrain.py, or libra-11b-base; None: {TOY}/pretrain")
+    g.add_argument("--freeze-llm", action="store_true", help="only the visual part learns")
     g.add_argument("--template", choices=("vicuna", "llm"), help=TEMPLATE_HELP)
     g.add_argument("--max-length", type=POSITIVE, default=2048, metavar="N", help="longer samples are cut at the right")
     engine.add_options(parser, "sft", "chats/chat.json", "LLaVA JSON, or captions", steps=7000, warmup=300, batch=128,
@@ -33,6 +35,8 @@ def main():
     dist = engine.setup(args)
     changes = {"chat_template": args.template} if args.template else {}
     model = Libra.from_pretrained(require_path(args.model), **changes)
+    for module in model.llama_modules() if args.freeze_llm else ():
+        module.requires_grad_(False)
     builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
                             args.max_length, args.seed)
     train_libra(args, dist, model, builder)

@@ -65,7 +65,7 @@ def show_libra(args, stage, llm, image_tokenizer=None, **changes):
     """The plan of pretraining or of tuning. llm, image_tokenizer: folders or None; changes: fields of LibraConfig"""
     config, clip_config = read_sizes(llm, image_tokenizer, **changes)
     fill_in(args)
-    train_llama, longest = stage == "sft", longest_text(args, config)
+    train_llama, longest = stage == "sft" and not args.freeze_llm, longest_text(args, config)
     sample = example_batch(config, 1, min(args.text_tokens, longest), train_llama)
     flops = flops_of(config, clip_config, train_llama)(token_counts(sample) | {"images": 1})
     weights = libra_weights(config, train_llama) | {"image tokenizer": (tokenizer_costs(clip_config)[0], False)}
