@@ -74,7 +74,7 @@ ablate: demo
 
 # Four systems, and two of them without one of their stages
 compare: demo
-	$(RUN) -m toy.compare --toy $(TOY) --out $(TOY)/compare $(if $(LIMIT),--steps 2 --limit 8 --judge 23 --seeds 0)
+	$(RUN) -m toy.compare --toy $(TOY) --out $(TOY)/compare $(if $(LIMIT),--steps 2 --limit 23 --judge 23 --seeds 0)
 
 # Speed and memory, as ratios; transformers is in the test environment
 bench: $(VENV)/test

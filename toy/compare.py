@@ -114,11 +114,11 @@ def best_factor(args, row):
         args.out / f"rates/{ROWS[row][1]}-{factor:g}/rate.json")["questions"])
 
 
-def score_row(args, row, seed):
-    """Train one row with one seed at the best rate and score it -> result.json"""
+def score_row(args, row, seed, factor):
+    """Train one row with one seed and score it -> result.json"""
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
     folder, toy = args.out / f"{row}-{seed}", args.toy
-    train_row(args, row, best_factor(args, row), seed, folder)
+    train_row(args, row, factor, seed, folder)
     model = open_trained(row, folder)
     scores, _ = score_answers(model, toy / "eval", args.limit)
     captions = evaluate(model, "statements", [toy / "eval/held_out_captions.json"], toy / "eval", DESCRIBE, batch=64,
@@ -157,16 +157,18 @@ def count_flops(command, options):
 
 
 def training_costs(args, row, pool):
-    """FLOPs of all stages, from the second step of each, and the median seconds of a step of the last"""
+    """FLOPs of all stages, from the second step of each, and the median seconds of 12 steps of the last on one core"""
     folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
-    for number in range(len(ROWS[row][3])):
-        command, options = stage_words(args, row, number, 1, args.seeds[0], folder)
-        log = read_log(folder / str(number) / "log.jsonl")
-        with TemporaryDirectory() as new:
-            one, two = (pool.submit(count_flops, command, [*options, "--out", f"{new}/{steps}", "--steps", steps,
-                                                           "--warmup", 1]).result() for steps in (1, 2))
-        flops += (two - one) * len(log)
-    return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(line["seconds"] for line in log)}
+    with TemporaryDirectory() as new:
+        for number in range(len(ROWS[row][3])):
+            command, options = stage_words(args, row, number, 1, args.seeds[0], folder)
+            short = [[*options, "--out", f"{new}/{number}-{steps}", "--steps", steps, "--warmup", 1]
+                     for steps in (1, 2, 12)]
+            one, two = (pool.submit(count_flops, command, words).result() for words in short[:2])
+            flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
+        run_script(*command.split(), *short[2])
+        seconds = [line["seconds"] for line in read_log(Path(f"{new}/{number}-12/log.jsonl"))]
+    return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(seconds)}
 
 
 @torch.inference_mode()
@@ -206,7 +208,7 @@ def run_all(args):
                  if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()]
         for future in [pool.submit(*task) for task in tasks]:
             future.result()
-        tasks = [(score_row, args, row, seed) for seed in args.seeds for row in args.rows
+        tasks = [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
                  if not (args.out / f"{row}-{seed}/result.json").exists()]
         for future in [pool.submit(*task) for task in tasks]:
             future.result()
