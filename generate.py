@@ -70,11 +70,11 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
-    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced one of `stop`
-    (ids), or is at the end of the positions, repeats the first; when all have, generation ends. graphs: on a GPU;
+    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` (an id,
+    or several), or is at the end of the positions, repeats it; when all have, generation ends. graphs: on a GPU;
     sampling: see Sampler.
     """
-    c, like = model.config, model.lm_head.weight
+    c, like, stop = model.config, model.lm_head.weight, [stop] if isinstance(stop, int) else stop
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
         raise UserError("generate: at least one prompt with a token in it, and max_new_tokens of 1 or more")
     places = [place_in_image(prompt, c) for prompt in prompts]

@@ -17,7 +17,7 @@ from torch import nn
 
 import llama
 from common.cli import run
-from common.config import check_divisible, make_config
+from common.config import check_divisible, make_config, read_rope
 from common.weights import UserError, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
@@ -61,9 +61,10 @@ def read_config(path):
         half = values.get(name)
         if values.get("model_type") != "haplo" or not isinstance(half, dict):
             raise UserError(f"{path}: expected model_type haplo, a base_config and a pre_config")
-        for key, known in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
-            if half.get(key, known) != known:
-                raise UserError(f"{path}: {key} is {half[key]!r}, HaploVL computes only {known!r}")
+        for key in ("use_sliding_window", "tie_word_embeddings"):
+            if half.get(key):
+                raise UserError(f"{path}: {key} is {half[key]!r}, HaploVL computes only False")
+        half = half | {"rope_scaling": read_rope(half.get("rope_scaling") or {}, "rope_scaling", path)}
         half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
         half = {key: half[key] for key in HalfConfig.__dataclass_fields__ if key in half}
         halves.append(make_config(HalfConfig, half, path))

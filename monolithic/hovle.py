@@ -16,7 +16,7 @@ from torch import nn
 
 import tokenizer
 from common.cli import POSITIVE, run
-from common.config import check_divisible, make_config
+from common.config import check_divisible, make_config, read_rope
 from common.weights import UserError, read_folder, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig
 from monolithic import internlm2, shared, stages
@@ -69,15 +69,14 @@ def read_config(path):
     if not isinstance(module, dict) or not isinstance(llm, dict):
         raise UserError(f"{path}: no HoVLE: expected in it embedding_config and llm_config")
     for part in (top, module, {"bias": True} | llm):      # the default of the released code
-        scaling = part.get("rope_scaling") or {"type": "dynamic"}     # without effect within max_position_embeddings
         wrong = [name for name, known in FIXED.items() if part.get(name, known) not in (None, known)]
-        if wrong or not isinstance(scaling, dict) or scaling.get("type") != "dynamic":
-            name = (wrong or ["rope_scaling"])[0]
-            raise UserError(f"{path}: {name} is {part[name]!r:.99}, which HoVLE does not compute")
+        if wrong:
+            raise UserError(f"{path}: {wrong[0]} is {part[wrong[0]]!r:.99}, which HoVLE does not compute")
     pictures = {name: module.get(name) for name in OF_MODULE} | {name: top.get(name) for name in OF_TOP}
     pictures["force_image_size"], halves = pictures["force_image_size"] or module.get("image_size"), []
     for part in (llm, module | {"vocab_size": module.get("llm_vocab_size")}):
         half = {name: (part | pictures).get(name) for name in HalfConfig.__dataclass_fields__}
+        half["rope_scaling"] = read_rope(half["rope_scaling"] or {}, "rope_scaling", path)
         halves.append(make_config(HalfConfig, {key: x for key, x in half.items() if x is not None}, path))
     if halves[0].hidden_size != halves[1].hidden_size or halves[0].vocab_size > halves[1].vocab_size:
         raise UserError(f"{path}: the module needs the LLM's hidden_size and vocab_size, and has others")
@@ -231,6 +230,8 @@ def distill(args, dist):
     llm, text, clip, sizes = stages.new_parts(args)
     n, side = llm.config.vocab_size, sizes["image_size"]
     check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
+    if llm.config.qkv_bias:
+        raise UserError(f"{args.llm}: HoVLE's layout has no place for the biases of Qwen 2")
     both = asdict(llm.config) | {"vocab_size": n + 3, "img_context_token_id": n + 2, "tie_word_embeddings": False,
                                  "image_size": side, "force_image_size": side, "patch_size": sizes["patch_size"] // 2,
                                  "pixel_shuffle_loc": args.pixel_shuffle_loc or "pre",

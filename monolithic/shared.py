@@ -260,7 +260,8 @@ class UnpairedBuilder(ChatBuilder):
         for sample, other in zip(samples, samples[-1:] + samples[:-1]):
             image = [token for token, label in zip(sample["ids"], sample["labels"]) if not label]
             words = [token for token, label in zip(other["ids"], other["labels"]) if label]
-            ids, labels = words[:1] + image + words[1:], [1] + [0] * len(image) + [1] * (len(words) - 1)
+            n, after = len(self.text.start), len(words) - len(self.text.start)
+            ids, labels = words[:n] + image + words[n:], [1] * n + [0] * len(image) + [1] * after
             rows.append(sample | {"ids": ids[:self.max_length], "labels": labels[:self.max_length]})
         return super().collate(rows, bad)
 
@@ -360,7 +361,7 @@ def row_lengths(model, rows):
 @torch.inference_mode()
 def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=True, **sampling):
     """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare
-    returns. Yields (B, 1) ids on the CPU. A row that has produced one of `stop` (ids) repeats the first; when all have,
+    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop`, or one of several, repeats it; when all have,
     generation ends, or when the longest row is at the end of the positions.
 
     model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each of model.halves, the configurations, the
@@ -368,6 +369,7 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=
     only its tokens are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
     """
     config, head = model.halves[-1], model.lm_head.weight[:model.text and model.text.vocab_size]
+    stop = [stop] if isinstance(stop, int) else stop
     shown = sum(ids.count(IMG) for ids in prompts)
     if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
         raise UserError(f"generate: {len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures, "

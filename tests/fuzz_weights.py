@@ -22,7 +22,7 @@ from common.published import read_published_config
 from common.weights import UserError, read_folder, read_tensors, write_json
 from llama import Llama
 from model import Libra, load
-from text import Text
+from text import Text, open_text
 from tokenizer import ImageTokenizer, read_clip_sizes
 
 VALUES = [None, True, False, 0, 1, -1, 2, 3.0, 0.5, -1.0, 1e300, float("nan"), float("inf"), 2 ** 31, 2 ** 63, 10 ** 9,
@@ -47,6 +47,9 @@ def sources():
     with contextlib.redirect_stdout(io.StringIO()):
         llama_folder(path / "llama", path / "libra")
     publish(Libra.from_pretrained(path / "libra"), path / "published")
+    (path / "bpe").mkdir()
+    tiny.bpe(path / "bpe", "<|im_start|>")
+    write_json(path / "bpe/generation_config.json", {"eos_token_id": [2, 6]})
     return path
 
 
@@ -208,6 +211,18 @@ def sentencepiece_bytes(rng, folder):
     text.decode([i for i in ids if i >= 0] + [text.vocab_size, 10 ** 6])
 
 
+def byte_pairs(rng, folder):
+    """tokenizer.json and the files beside it"""
+    path = copy("bpe", folder)
+    name = rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+    rng.choice([change_json, change_bytes])(rng, path / name)
+    text = open_text(path)
+    for _ in range(2):
+        ids, _ = text.chat([("what is the shape", 1, "a red circle")])
+        text.decode([i for i in ids if i >= 0] + [text.vocab_size, 10 ** 6])
+        text.use_template("llm")
+
+
 def any_json(rng, folder):
     """No file of ours at all"""
     content = rng.choice(CONTENTS)
@@ -228,4 +243,4 @@ def seeded(case):
 CASES = {case.__name__: seeded(case) for case in (
     llama_config, libra_config, llama_with_new_vision, image_tokenizer_config, clip_config, index, yaml_values,
     published_yaml, safetensors_header, odd_tensors, safetensors_types, torch_bytes, checkpoint_bytes,
-    sentencepiece_bytes, any_json)}
+    sentencepiece_bytes, byte_pairs, any_json)}

@@ -279,7 +279,7 @@ def test_published_fields(tmp_path):
 
 def test_unpaired_rows():
     """Each text stands behind the picture of another sample, and text alone behind none"""
-    builder = shared.UnpairedBuilder(SimpleNamespace(bos=1, vocab_size=90), BASE, 9)
+    builder = shared.UnpairedBuilder(SimpleNamespace(start=[1], newline=2, vocab_size=90), BASE, 9)
     samples = []
     for i in (5, 6):
         ids, labels, _ = shared.spell_out([1, IMG, i, i, i], [1] * 5, [4], 92, edges=BASE.edges)

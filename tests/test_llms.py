@@ -5,12 +5,10 @@ import shutil
 
 import pytest
 import tiny
-import tokenizers
 import torch
 import transformers
 from PIL import Image
 from scripts import log, run
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from common.weights import UserError, read_json, write_json
 from llama import Llama
@@ -71,41 +69,21 @@ CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n
 LLAMA3_CHAT = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
                "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
                "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
-           "<|end_header_id|>", "<|eot_id|>"]
-WORDS = ["the red square", "Ünïcödé straße", "日本語のテキスト", "Привет, мир", "مرحبا", "🙂👩‍👩‍👧", "12345 67",
-         "a\nb\n\nc", "\t  tabs  ",
-         "don't we'll", "x = {1: 'a'}", " leading", "trailing ", "\r\n", "<|im_end|>", "नमस्ते", "한국어", "…—“”"]
-
-
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """A folder with a small byte-level BPE, with transformers' own files around it"""
-    folder = tmp_path_factory.mktemp("bpe")
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(WORDS * 20 + ["user\nassistant\nsystem\n USER: ASSISTANT: \n"] * 9, trainers.BpeTrainer(
-        vocab_size=700, special_tokens=CONTROL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    made.add_tokens([AddedToken("<think>", special=False)])
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|im_start|>",
-                                                  eos_token="<|im_end|>", chat_template=CHATML)
-    theirs.save_pretrained(folder)
-    return folder
+    return tiny.bpe(tmp_path_factory.mktemp("bpe"), CHATML)
 
 
 def test_500_strings(bpe):
     theirs, text, draw = transformers.AutoTokenizer.from_pretrained(bpe), open_text(bpe), random.Random(0)
     assert isinstance(text, BytePairText) and text.vocab_size == len(theirs)
     for _ in range(500):
-        choices = [*WORDS, " ", "\n", chr(draw.randrange(32, 0x2fff))]
+        choices = [*tiny.WORDS, " ", "\n", chr(draw.randrange(32, 0x2fff))]
         words = "".join(draw.choices(choices, k=draw.randint(1, 8)))
         wanted = theirs.encode(words, add_special_tokens=False, split_special_tokens=True)
         assert text.plain(words) == text.start + wanted
         assert text.decode(wanted) == theirs.decode(wanted, clean_up_tokenization_spaces=False).strip()
-        assert not set(wanted) & {text.id_of(token) for token in CONTROL}
+        assert not set(wanted) & {text.id_of(token) for token in tiny.CONTROL}
 
 
 def test_pieces_around_images(bpe):

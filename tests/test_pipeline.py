@@ -338,7 +338,7 @@ def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
 
 def test_mistakes_are_one_sentence(toy, pretrain, tmp_path):
     for words, message in ((["--data", tmp_path / "{0..3}.tar"], "4 of 4 files are missing"),
-                           (["--llm", toy / "clip"], "tokenizer.model: no such file"),
+                           (["--llm", toy / "clip"], "no tokenizer; expected tokenizer.model"),
                            (["--micro-batch 4"], "does not divide"),
                            (["--data", toy / "llama/config.json"], "expected a tar shard, JSON")):
         assert message in run("pretrain.py", *pretrain, "--out", tmp_path / "x", *words, ok=False)

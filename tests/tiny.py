@@ -2,8 +2,11 @@
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from common.weights import write_json
 from model import Libra, LibraConfig, Tokenizers
 from text import Text
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -91,3 +94,26 @@ def whole(folder, **changes):
     model = libra(**(sizes | changes)).eval()
     model.tokenizers = Tokenizers(text, images)
     return model
+
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
+           "<|end_header_id|>", "<|eot_id|>"]
+WORDS = ["the red square", "Ünïcödé straße", "日本語のテキスト", "Привет, мир", "مرحبا", "🙂👩‍👩‍👧", "12345 67",
+         "a\nb\n\nc", "\t  tabs  ", "don't we'll", "x = {1: 'a'}", " leading", "trailing ", "\r\n", "<|im_end|>",
+         "नमस्ते", "한국어", "…—“”"]
+
+
+def bpe(folder, template=None):
+    """A folder with a small byte-level BPE in tokenizer.json, and tokenizer_config.json -> the folder"""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(WORDS * 20 + ["user\nassistant\nsystem\n USER: ASSISTANT: \n"] * 9, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=CONTROL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    made.add_tokens([tokenizers.AddedToken("<think>", special=False)])
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer_config.json", settings | ({"chat_template": template} if template else {}))
+    return folder
