@@ -57,6 +57,7 @@ def test_the_limit_has_all_products():
     assert counter.get_total_flops() == sum(n for op, n in flops.items() if "mm" in str(op)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, count", [("--rows train compile decode", 14), ("--against .", 4)])
 def test_rows(words, count, tmp_path):
     run = bench(*words.split(), "--sizes", "tiny", "--repeat", "1", "--out", tmp_path / "rows.json")

@@ -9,6 +9,7 @@ import pytest
 from scripts import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_demo_quick(tmp_path):
     command = ["make", "-o", ".venv/run", "demo", "QUICK=1", f"TOY={tmp_path}", f"RUN={sys.executable}"]

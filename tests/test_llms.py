@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -211,3 +212,42 @@ def test_the_scripts_run_on_it(bpe, toy, tokenizer, tmp_path):
         "--max-new-tokens 4")
     said = run("data.py", toy / "chats/chat.json", "--images", toy / "chats/images", "--llm", llm, "--grid 7")
     assert "ASSISTANT:" in said
+
+
+def test_a_gguf_file_becomes_a_folder(bpe, tmp_path):
+    """A LLaMA written as llama.cpp does, RoPE's pairs side by side, reads as transformers' model; its text as the
+    tokenizer it was made of"""
+    from toy.smollm2 import LAYER, OUTSIDE, convert
+    made = json.loads((bpe / "tokenizer.json").read_text())
+    pieces = sorted(made["model"]["vocab"], key=made["model"]["vocab"].get)
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(pieces), "tie_word_embeddings": True},
+                                      rope_parameters={"rope_type": "default", "rope_theta": 1e5}, rms_norm_eps=1e-5)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    names = {hf: ggml for ggml, hf in OUTSIDE.items()} | {
+        f"model.layers.{n}.{hf}.weight": f"blk.{n}.{ggml}.weight" for n in range(2) for ggml, hf in LAYER.items()}
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for key, value in (("embedding_length", 64), ("feed_forward_length", 96), ("block_count", 2), ("head_count", 4),
+                       ("head_count_kv", 2), ("context_length", 256), ("layer_norm_rms_eps", 1e-5),
+                       ("rope_freq_base", 1e5), ("tokenizer_model", "gpt2"), ("token_list", pieces),
+                       ("token_types", [3 if piece in tiny.CONTROL else 1 for piece in pieces]),
+                       ("token_merges", [" ".join(pair) for pair in made["model"]["merges"]]),
+                       ("bos_token_id", 1), ("eos_token_id", 2), ("chat_template", CHATML)):
+        getattr(writer, f"add_{key}")(value)
+    for name, p in theirs.named_parameters():
+        x = p.detach()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:
+                x = x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names[name], x.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    ids = torch.randint(len(pieces), (1, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    text, wanted = open_text(tmp_path / "out"), open_text(bpe)
+    for words in tiny.WORDS:
+        assert text.plain(words) == wanted.plain(words)
+    assert text.use_template("llm") == "chatml" and text.ends == [2]

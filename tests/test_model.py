@@ -329,6 +329,7 @@ def test_full_scale_counts_and_names():
     assert model.get_parameter("model.vision_contiguous_signal_processor.weight").shape == (4096, 8192)
 
 
+@pytest.mark.slow
 def test_one_layer_at_full_width():
     """D 4096 forward and backward: 578 image tokens and a caption through one layer of the 11.3 B model"""
     torch.manual_seed(0)

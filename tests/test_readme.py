@@ -51,6 +51,7 @@ def test_links_lead_somewhere(name):
         assert not heading or heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles], heading
 
 
+@pytest.mark.slow
 def test_commands_on_the_demo_run(toy, base, tuned, tmp_path):
     on_the_demo = [(script, words) for script, words in commands(TEXTS["README.md"])
                    if script in ("generate.py", "evaluate.py") and any("runs/toy" in word for word in words)]

@@ -48,6 +48,7 @@ def test_engines_learn_what_one_process_learns(pretrain, base, tmp_path, kind):
     same(base, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss(toy, pretrain, base, tmp_path):
     """It is the training loss of the same samples, and training does not notice it, resumed or not."""
     held_out = ["--images", toy / "eval", "--val-data", toy / "eval/held_out_captions.json"]

@@ -1,4 +1,6 @@
 """Pieces around images, the chat template and its labels, token by token."""
+import re
+
 import pytest
 import tiny
 import torch
@@ -100,3 +102,20 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
                                                  hard_vocab_limit=False, **options)
         with pytest.raises(UserError, match=message):
             Text(tmp_path / f"{name}.model")
+
+
+def test_llama2s_template(tmp_path):
+    """As Llama 2 writes it: the system message inside the first turn, <s> before every turn"""
+    text = Text(tiny.spm(tmp_path))
+    text.use_template("llama2")
+    ids, loss_mask = text.chat([("the shape", 0, "a circle"), ("the colour", 0, "red")], "be brief")
+
+    def spelled(ids):
+        return re.sub("<0x(..)>", lambda match: chr(int(match[1], 16)), "".join(pieces(text, ids)))
+    assert spelled(ids) == ("<s>▁[INST]▁<<SYS>>\nbe▁brief\n<</SYS>>\n\nthe▁shape▁[/INST]▁a▁circle▁</s>"
+                            "<s>▁[INST]▁the▁colour▁[/INST]▁red▁</s>")
+    assert [p for p, label in zip(pieces(text, ids), loss_mask) if label][-3:] == ["▁red", "▁", "</s>"]
+    shown, _ = text.chat([("the shape", 1, None)], "")
+    assert spelled(shown) == "<s>▁[INST][IMG]\nthe▁shape▁[/INST]"
+    with pytest.raises(UserError, match="no chat template of a known family"):
+        text.use_template("chatml")                       # its control tokens are not in this vocabulary

@@ -484,6 +484,7 @@ print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in m.p
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_never_holds_the_weights_twice(tmp_path, dtype):
     """Every weight is read, so that mapped pages count too. bfloat16 is cast shard by shard. torch's compiler, which
