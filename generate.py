@@ -71,8 +71,7 @@ def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
     codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` (an id,
-    or several), or is at the end of the positions, repeats it; when all have, generation ends. graphs: on a GPU;
-    sampling: see Sampler.
+    or several), or is at the end of the positions, repeats it; when all have, generation ends. sampling: see Sampler.
     """
     c, like, stop = model.config, model.lm_head.weight, [stop] if isinstance(stop, int) else stop
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):

@@ -189,25 +189,34 @@ def plot(args):
     figure.savefig(args.out / "ablation.png")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def options(doc, name, rows):
+    """Of a table of trained rows, which stands in the folder `name`"""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
-    parser.add_argument("--out", type=Path, default=TOY / "ablation", help="folder of rows, table and figure")
+    parser.add_argument("--out", type=Path, default=TOY / name, help="folder of rows, table and figure")
     parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="each row is run once for each")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="libra, a to g; None: all")
-    for stage, script in (("tokenizer", "train_tokenizer.py"), ("pretrain", "pretrain.py"), ("sft", "sft.py")):
-        parser.add_argument(f"--{stage}", type=shlex.split, default="", metavar="WORDS", help=f"options of {script}")
+    parser.add_argument("--rows", nargs="+", choices=list(rows), metavar="ROW", help=f"{', '.join(rows)}; None: all")
     parser.add_argument("--limit", type=POSITIVE, default=600, help="questions and captions that are scored")
     parser.add_argument("--jobs", type=POSITIVE, default=2, help="rows that run at a time, each with its share of the "
                         "cores: two on a core each take less time than one after the other on two cores")
     parser.add_argument("--show", action="store_true", help="only table and figure")
-    args = parser.parse_args()
+    return parser
+
+
+def run_table(args, run_all, write_table, plot):
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.show:
         require_path(args.toy / "eval")
         run_all(args)
     write_table(args)
     plot(args)
+
+
+def main():
+    parser = options(__doc__, "ablation", ROWS)
+    for stage, script in (("tokenizer", "train_tokenizer.py"), ("pretrain", "pretrain.py"), ("sft", "sft.py")):
+        parser.add_argument(f"--{stage}", type=shlex.split, default="", metavar="WORDS", help=f"options of {script}")
+    run_table(parser.parse_args(), run_all, write_table, plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Every row sees the same number of pictures: captions in batches of 32, then chat
 pictures go to the stage after it. Each system tries three learning rates over half of the steps, judged by questions of
 their own. runs/toy/compare/ gets a folder per row and seed, table.md, compare.png.
 """
-import argparse
 import importlib
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run
+from common.cli import POSITIVE, run
 from common.plots import new_figure, plot_curves
 from common.weights import read_json, write_json
 from evaluate import evaluate
@@ -35,7 +34,7 @@ from llama import Llama
 from monolithic import open_model
 from monolithic.shared import Batch, pad
 from text import open_text
-from toy.ablate import run_script
+from toy.ablate import options, run_script, run_table
 from toy.make import text_rows, write_evaluation
 from toy.report import read_log, score_answers
 from toy.world import DESCRIBE, KINDS, SHARES, scenes
@@ -88,8 +87,8 @@ def train_row(args, row, factor, seed, folder, part=1):
     """All stages of a row with one rate and seed"""
     for number in range(len(ROWS[row][3])):
         if not (folder / str(number) / "model.safetensors").exists():
-            command, options = stage_words(args, row, number, factor, seed, folder, part)
-            run_script(*command.split(), *options)
+            command, words = stage_words(args, row, number, factor, seed, folder, part)
+            run_script(*command.split(), *words)
 
 
 def open_trained(row, folder):
@@ -147,10 +146,10 @@ def perplexity(model):
 
 # ---------------------------------------------------------------- costs
 
-def count_flops(command, options):
+def count_flops(command, words):
     """FLOPs of all products in a command of a trainer"""
     module = command.split()[-1].removesuffix(".py")
-    sys.argv = [module, *map(str, options)]
+    sys.argv = [module, *map(str, words)]
     with FlopCounterMode(display=False) as counter:
         importlib.import_module(module).main()
     return counter.get_total_flops()
@@ -161,10 +160,10 @@ def training_costs(args, row, pool):
     folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
     with TemporaryDirectory() as new:
         for number in range(len(ROWS[row][3])):
-            command, options = stage_words(args, row, number, 1, args.seeds[0], folder)
-            short = [[*options, "--out", f"{new}/{number}-{steps}", "--steps", steps, "--warmup", 1]
+            command, words = stage_words(args, row, number, 1, args.seeds[0], folder)
+            short = [[*words, "--out", f"{new}/{number}-{steps}", "--steps", steps, "--warmup", 1]
                      for steps in (1, 2, 12)]
-            one, two = (pool.submit(count_flops, command, words).result() for words in short[:2])
+            one, two = (pool.submit(count_flops, command, few_steps).result() for few_steps in short[:2])
             flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
         run_script(*command.split(), *short[2])
         seconds = [line["seconds"] for line in read_log(Path(f"{new}/{number}-12/log.jsonl"))]
@@ -270,25 +269,12 @@ def plot(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
-    parser.add_argument("--out", type=Path, default=TOY / "compare", help="folder of rows, table and figure")
-    parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="each row is run once for each")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
-                        help="of the table; a row without a stage needs its system too")
+    parser = options(__doc__, "compare", ROWS)
     parser.add_argument("--steps", type=POSITIVE, default=400, help="of captions, and as many of chats")
-    parser.add_argument("--limit", type=POSITIVE, default=600, help="questions and captions that are scored")
     parser.add_argument("--judge", type=POSITIVE, default=400, help="questions that choose the learning rates")
-    parser.add_argument("--jobs", type=POSITIVE, default=2, help="rows that run at a time, each with its share of the "
-                        "cores")
-    parser.add_argument("--show", action="store_true", help="only table and figure")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.show:
-        require_path(args.toy / "eval")
-        run_all(args)
-    write_table(args)
-    plot(args)
+    args.rows = args.rows or list(ROWS)
+    run_table(args, run_all, write_table, plot)
 
 
 if __name__ == "__main__":
