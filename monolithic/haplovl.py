@@ -4,7 +4,7 @@
     python -m monolithic.haplovl --stage 2 --model runs/haplovl-1 --data llava_v1_5_mix665k.json --images DIR
 
 Stage 1 distils the pre-decoder from CLIP (patches) and from the LLM's embeddings (text); stage 2 trains all on answers,
-best after a run on captions with --freeze-llm (ours): the connector starts new and spoils the LLM until it has learned.
+best after a run on captions with --freeze-llm (ours): what the pre-decoder hands over is new to the LLM at first.
 "Ours" marks what the paper leaves open. Letters: B rows, L positions, n image tokens, D_pre and D sizes of the halves.
 """
 import re
@@ -158,16 +158,17 @@ class HaploVL(PreDecoder):
 # ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
 
 class Distillation(PreDecoder):
-    """The pre-decoder with two heads that are dropped afterwards. Ours: both are one matrix; the scale of the text
-    logits learns from 1; all parts of the pre-decoder start new and learn."""
+    """The pre-decoder with two heads. Ours: both are one matrix; the scale of the text logits learns from CLIP's, 1 / 0.07;
+    all parts of the pre-decoder start new and learn; the connector of stage 2 starts as the text head, which maps to
+    the LLM's embeddings (the authors' figure drops both heads)."""
 
     def __init__(self, base, pre, clip_width):
         super().__init__(base, pre)
         self.vision_head = Linear(pre.hidden_size, clip_width)
         self.text_head = Linear(pre.hidden_size, base.hidden_size)
-        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.logit_scale = nn.Parameter(torch.full((1,), 1 / 0.07))
         self.apply(shared.initialise)
-        self.model.pre_connector.requires_grad_(False)    # stage 2 starts with a new one
+        self.model.pre_connector.requires_grad_(False)    # see save_pretrained
 
     def forward(self, batch, features, table):
         """features (patches of all tiles, width): CLIP's; table (V, D): the LLM's embeddings. -> sums over patches of
@@ -184,6 +185,7 @@ class Distillation(PreDecoder):
             model = HaploVL(self.base, self.pre)
         model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
         llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
+        tensors["model.pre_connector.weight"] = tensors["text_head.weight"]
         llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
         llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
         tensors = {k: torch.zeros(t.shape) for k, t in model.state_dict().items() if "bias" in k} | llm | tensors

@@ -46,8 +46,8 @@ ROWS = {   # title, system, needs CLIP to answer, stages: (command, options, sha
         ("pretrain.py", "--llm {toy}/llama --image-tokenizer {toy}/tokenizer --vision-down-ratio 1", 1, 2e-3),
         ("sft.py", "", "chats", 1.5e-3)]),
     "haplovl": ("HaploVL", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.25, 1e-3),
-        (HAPLOVL, "--stage 2 --freeze-llm", 0.75, 2e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
+        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.5, 1e-3),
+        (HAPLOVL, "--stage 2 --freeze-llm", 0.5, 2e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
     "hovle": ("HoVLE", "hovle", False, [
         (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0.5, 1e-3), (HOVLE, "--stage 2", 0.5, 1e-3),
         (HOVLE, "--stage 3", "chats", 1e-3)]),
