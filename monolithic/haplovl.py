@@ -158,9 +158,9 @@ class HaploVL(PreDecoder):
 # ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
 
 class Distillation(PreDecoder):
-    """The pre-decoder with two heads. Ours: both are one matrix; the scale of the text logits learns from CLIP's, 1 / 0.07;
-    all parts of the pre-decoder start new and learn; the connector of stage 2 starts as the text head, which maps to
-    the LLM's embeddings (the authors' figure drops both heads)."""
+    """The pre-decoder with two heads. Ours: both are one matrix; the scale of the text logits learns, from CLIP's
+    1 / 0.07 on; all parts of the pre-decoder start new and learn; the connector of stage 2 starts as the text head,
+    which maps to the LLM's embeddings (in the authors' figure both heads are dropped)."""
 
     def __init__(self, base, pre, clip_width):
         super().__init__(base, pre)
