@@ -249,7 +249,7 @@ def write_table(args):
 
 
 def plot(args):
-    """Right answers by kind, and the loss of answers while the chats are learned -> compare.png"""
+    """Right answers by kind, and the loss of answers while the chats are learned, in the same colours -> compare.png"""
     figure = new_figure(13, 4.5)
     bars, curves = figure.subplots(1, 2)
     shown = [row for row in args.rows if finished(args, row)]
@@ -258,7 +258,6 @@ def plot(args):
         means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
     bars.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel="right answers, held-out scenes")
-    bars.legend(fontsize="x-small")
     losses = {}
     for row in shown:
         last = args.out / f"{row}-{args.seeds[0]}" / str(len(ROWS[row][3]) - 1)
