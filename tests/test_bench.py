@@ -66,6 +66,7 @@ def test_rows(words, count, tmp_path):
     assert len(rows) == count and all(row["tokens/s"] > 0 and len(row["times as fast"]) == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_against_another_repository(tmp_path):
     run = bench("--against", tmp_path, "--sizes", "tiny")
     assert run.returncode and "--against" in run.stderr and "failed" in run.stderr

@@ -160,6 +160,7 @@ def test_sharded_sft_goes_on_as_replicas(toy, base, tmp_path):
     same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["pretrain.py", "sft.py"])
 def test_engines_agree_in_bfloat16(toy, pretrain, base, tmp_path, script):
     """One type for all products and residuals: the first loss is equal to the bit, then rounding in AdamW differs."""
@@ -176,6 +177,7 @@ def test_engines_agree_in_bfloat16(toy, pretrain, base, tmp_path, script):
     assert losses["ddp"][0] == pytest.approx(log(tmp_path / "float32")[0]["loss"], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_fsdp_on_one_process_and_export(pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--engine fsdp --out", tmp_path)
     same(base, tmp_path)
@@ -380,6 +382,7 @@ def test_plan_of_very_many_layers_takes_no_longer():
         few, streams, True, torch.float32, KEEPING)
 
 
+@pytest.mark.slow
 def test_plan_of_the_paper():
     output = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
     assert "LLaMA                       6.738 B" in output and "expert                      4.229 B" in output
