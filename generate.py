@@ -8,7 +8,6 @@
     python generate.py --image cat.jpg "What colour is it?" --attention maps.png        # attention of each layer
 """
 import argparse
-import io
 import json
 import os
 import re
@@ -146,8 +145,7 @@ def encode_images(model, images, square=True, zeroed=False):
     if not images:
         return [], None
     tokenizer, like = model.tokenizers.image, model.tokenizers.image.quant_conv.weight
-    files = [io.BytesIO(image) if isinstance(image, bytes) else image for image in images]
-    pixels = torch.stack([prepare(open_image(file), tokenizer.config.resolution, square) for file in files])
+    pixels = torch.stack([prepare(open_image(image), tokenizer.config.resolution, square) for image in images])
     codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
     return (codes.cpu().zero_(), signal.zero_()) if zeroed else (codes.cpu(), signal)
 
@@ -166,6 +164,8 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
             ids = text.start + [IMG, text.newline] * len(pictures) + text.plain(question or "")[len(text.start):]
         else:
             ids, _ = text.chat([*history, (question, new_pictures, None)])
+        if not ids:
+            raise UserError("an empty prompt, and this model has no token to begin with: write something")
         if is_libra:
             ids = expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0]
         prompts.append(ids)

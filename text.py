@@ -27,7 +27,7 @@ TEMPLATES = {   # what stands before the first question, before a later one, bet
     "chatml": ("<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n", "\n<|im_start|>user\n",
                "<|im_end|>\n<|im_start|>assistant\n")}
 ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}   # of an answer; else </s>
-SIGNS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "[INST]"}       # found in a chat_template
+SIGNS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "<<SYS>>"}   # in a chat_template
 
 
 class Text:
@@ -107,7 +107,8 @@ class Text:
         words, start = words[:most] + end, [0] * len(self.start)
         if image_first:
             return self.start + [IMG, self.newline] + words, start + [1, 0] + [1] * len(words)
-        return self.start + words + [self.newline, IMG], start + [1] * len(words) + [0, 1]
+        loss_mask = start + [1] * len(words) + [0, 1]     # the first of all tokens is never a target
+        return self.start + words + [self.newline, IMG], [0] + loss_mask[1:]
 
     def chat(self, turns, system=SYSTEM):
         """The template (Eq. 7) over turns (question, number of images, answer); an answer None is left open. Only
@@ -122,6 +123,8 @@ class Text:
 
         for turn, (question, n_images, answer) in enumerate(turns):
             opening = first.format(system) if turn == 0 and system else later
+            if self.template == "llama3":                 # as its own template does
+                question, answer = question.strip(), answer if answer is None else answer.strip()
             if turn and self.template == "llama2":        # every turn begins with <s>
                 add(self.start)
             add(self._turn(opening if turn else opening.lstrip("\n"), question, closing, n_images))
@@ -239,8 +242,9 @@ def open_text(folder):
         return BytePairText(bytes_)
     text = Text(pieces)
     if bytes_.exists():
-        vocabulary = read_json(bytes_).get("model", {}).get("vocab", {})
-        if any(vocabulary.get(text.model.id_to_piece(i)) != i for i in range(text.vocab_size)):
+        model = read_json(bytes_).get("model")
+        ids = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(ids, dict) and any(ids.get(text.model.id_to_piece(i)) != i for i in range(text.vocab_size)):
             raise UserError(f"{folder}: tokenizer.model and tokenizer.json differ: remove that of another model")
     return text
 

@@ -42,8 +42,11 @@ def read_config(cls, path, sizes, changes):
             values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if values.get("model_type") == "qwen2":
         values["qkv_bias"] = True
-    if values.get("use_sliding_window") is False:
+    window = values.get("sliding_window")
+    if values.get("use_sliding_window") is False or type(window) is int and window > 0:
         values.pop("sliding_window", None)
+        if values.get("use_sliding_window", True) and type(values.get("max_position_embeddings")) is int:
+            values["max_position_embeddings"] = min(values["max_position_embeddings"], window)        # Mistral v0.1
     for name in [name for name in values if name not in known]:
         if not has_no_effect(name, value := values.pop(name)):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, which this model does not compute")

@@ -19,8 +19,9 @@ WHITE = {"I": 65535, "F": 1.0}                            # of 16-bit integers, 
 
 
 def open_image(source):
-    """A file or a PIL image -> RGB PIL image: EXIF rotation is applied, transparent parts become white, 16 bits become
-    8. UserError where the file is missing, no picture, cut off or has more pixels than Pillow's MAX_IMAGE_PIXELS."""
+    """A file, bytes or a PIL image -> RGB PIL image: EXIF rotation is applied, transparent parts become white, 16 bits
+    become 8. UserError where it is missing, no picture, cut off, or has more pixels than Pillow's MAX_IMAGE_PIXELS."""
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:

@@ -204,7 +204,8 @@ def block_attention(q, k, v, mask=None):
         if is_image:
             parts.append(F.scaled_dot_product_attention(*part, enable_gqa=q.shape[1] != k.shape[1]))
         else:
-            parts.append(causal_attention(*part, causal_lower_right(end - start, end) if start else None))
+            several = start and end - start > 1           # one query sees all keys, without a mask
+            parts.append(causal_attention(*part, causal_lower_right(end - start, end) if several else None))
     return torch.cat(parts, dim=2)
 
 

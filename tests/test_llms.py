@@ -251,3 +251,28 @@ def test_a_gguf_file_becomes_a_folder(bpe, tmp_path):
     for words in tiny.WORDS:
         assert text.plain(words) == wanted.plain(words)
     assert text.use_template("llm") == "chatml" and text.ends == [2]
+
+
+def test_without_a_bos_the_first_token_is_no_target(bpe, tmp_path):
+    shutil.copytree(bpe, tmp_path, dirs_exist_ok=True)
+    write_json(tmp_path / "tokenizer_config.json", read_json(tmp_path / "tokenizer_config.json") | {"bos_token": None})
+    ids, loss_mask = open_text(tmp_path).caption("the red square", image_first=False)
+    assert len(ids) == len(loss_mask) and loss_mask[0] == 0 and all(loss_mask[1:-2])
+
+
+def test_a_window_bounds_the_positions(tmp_path):
+    """Mistral v0.1: up to the length of its window all keys are seen, as ours always are"""
+    config = transformers.MistralConfig(**SIZES, sliding_window=48)
+    theirs = transformers.MistralForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, ids = Llama.from_pretrained(tmp_path), torch.randint(300, (1, 48))
+    assert ours.config.max_position_embeddings == 48
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_mistrals_template_is_none_of_ours(tmp_path):
+    path = tiny.spm(tmp_path)
+    write_json(path.with_name("tokenizer_config.json"), {"chat_template": "{{ '[INST] ' + content + ' [/INST]' }}"})
+    with pytest.raises(UserError, match="no chat template of a known family"):
+        Text(path).use_template("llm")

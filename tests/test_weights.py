@@ -172,7 +172,7 @@ def test_llama_folder_with_an_image_tokenizer(folder, tmp_path, capsys, pickled)
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*llama3"),
     ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "rope_parameters is .*yarn"),
     ("rope_parameters", 5, "rope_parameters is 5"),
-    ("sliding_window", 4096, "sliding_window is 4096"), ("attention_bias", True, "attention_bias is True"),
+    ("sliding_window", -1, "sliding_window is -1"), ("attention_bias", True, "attention_bias is True"),
     ("mlp_bias", True, "mlp_bias is True"), ("hidden_act", "gelu", "hidden_act is 'gelu'"),
     ("model_type", "qwen3", "model_type is 'qwen3'"), ("num_experts", 8, "num_experts is 8"),
     ("unified_head", True, "unified_head is True"), ("intermediate_size", None, "it lacks intermediate_size"),
