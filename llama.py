@@ -137,7 +137,7 @@ def causal_attention(q, k, v, mask=None):
     """
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.shape[2] == 1:                       # the heads of a group as queries of one head
-        return F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, k.shape[3]), k, v, mask).view(q.shape)
+        return F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, k.shape[3]), k, v, mask).reshape(q.shape)
     if grouped and q.is_cuda and mask is not None:        # no fast kernel for grouped heads and a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
