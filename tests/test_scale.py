@@ -311,7 +311,7 @@ def test_plan_counts_an_image_tokenizer():
 def tokenizer_modules():
     tokenizer = tiny.image_tokenizer()
     tokenizer.requires_grad_(True).clip.requires_grad_(False)
-    return train_tokenizer.Trained(tokenizer, 0.1, 0.0), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
+    return train_tokenizer.Trained(tokenizer, 0.1), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
 
 
 @pytest.mark.parametrize("words", ["", "--l2-weight 1 --clip-weight 1"])

@@ -1,15 +1,14 @@
 """Checkpoints: complete or ignored, written in the background, readable by any number of processes.
 
 A checkpoint is a folder `checkpoint-XXXXXX` with torch.distributed.checkpoint's files (trained weights, buffers and
-AdamW's state, sharded), each process's random state, and `done.json`: the step, the place in the data, the size and
-checksum of every file. It is written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen
-weights are not saved: they are read again from the folders that the options name, and must be the same.
+AdamW's state, sharded) and `done.json`: the step, the place in the data, the size and checksum of every file. It is
+written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen weights are not saved: they are
+read again from the folders that the options name, and must be the same. Nor are random states: each step is seeded.
 """
 import hashlib
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
@@ -19,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -67,7 +65,7 @@ class Checkpoints:
         else:                                             # with one thread every process would open a context on GPU 0
             writing = dcp.async_save(state_of(models, optimizers), process_group=self.group,
                                      storage_writer=dcp.FileSystemWriter(draft, thread_count=2))
-            checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank, random_state())
+            checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank)
             record = {"step": step, "data": data_state, "task": self.task, **self.made_by}
             self.pending = checksums, draft, final, record
         if wait:
@@ -163,20 +161,18 @@ class Checkpoints:
                 raise OSError(f"{name} is damaged: its checksum is not the one written in done.json")
 
     def load(self, path, record, models, optimizers):
-        """Weights, AdamW's and random states. torch reads tensors with weights_only, so no file can run code."""
+        """Weights and AdamW's state. torch reads tensors with weights_only, so no file can run code."""
         reader = IndexReader(path)
         saved = reader.read_metadata().state_dict_metadata.keys()
         state = state_of(models, optimizers, saved)
         if different := state.keys() ^ saved:
             raise UserError(f"it is of another model; only one of both has {first_few(different)}")
         dcp.load(state, storage_reader=reader, process_group=self.group)
-        if record["processes"] == self.dist.size:
-            set_random_state(read_json(path / f"random-{self.dist.rank}.json"))
         changes = "; ".join(f"{name} {record.get(name)}, now {value}" for name, value in self.made_by.items()
                             if record.get(name) != value)
         if changes:
-            self.dist.print0(f"{path} was written with {changes}: not exact to the bit (sums are in another order, "
-                             "random states may be new); weights, AdamW and the place in the data are restored")
+            self.dist.print0(f"{path} was written with {changes}: not exact to the bit (sums are in another order); "
+                             "weights, AdamW and the place in the data are restored")
 
     def check(self, path, task):
         """Refuse, or warn of, options that differ from those of the run that wrote a checkpoint."""
@@ -223,11 +219,10 @@ def fingerprint(*modules, samples=1024):
     return sha.hexdigest()[:16]
 
 
-def complete_files(writing, draft, rank, state):
-    """Wait for torch's files, write the random state. -> {name: [size, checksum]} of this process's files"""
+def complete_files(writing, draft, rank):
+    """Wait for torch's files. -> {name: [size, checksum]} of this process's files"""
     writing.result()
-    write_json(draft / f"random-{rank}.json", state)
-    own = (f"__{rank}_", f"random-{rank}.") + (".metadata",) * (rank == 0)
+    own = (f"__{rank}_",) + (".metadata",) * (rank == 0)
     return {path.name: [path.stat().st_size, checksum(path)] for path in draft.iterdir() if path.name.startswith(own)}
 
 
@@ -286,23 +281,6 @@ def warn(message):
 def make_empty(folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def random_state():
-    """The state of all random generators of this process, as JSON"""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
-            "torch": torch.get_rng_state().tolist(), "cuda": cuda}
-
-
-def set_random_state(state):
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if torch.cuda.is_available() and state["cuda"]:       # else it was written without a GPU
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 class Stop:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import math
 import os
-import random
 import resource
 import signal
 import socket
@@ -23,7 +22,6 @@ from datetime import timedelta
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -198,8 +196,6 @@ def setup(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)          # not warn_only: attention would stay as it is
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     return replace(dist, dtype=DTYPES[args.dtype])
 
