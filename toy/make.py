@@ -54,17 +54,18 @@ def write_captions(folder, count, seed, per_shard=2000):
 
 
 def write_chats(folder, count, seed):
-    """LLaVA's JSON and its pictures"""
-    random, source = np.random.default_rng([seed, 3]), world.scenes(np.random.default_rng([seed, 4]), "train")
+    """LLaVA's JSON and its pictures; as many, but at most 256, of held-out scenes for --val-data"""
+    random = np.random.default_rng([seed, 3])
     (folder / "images").mkdir()
-    entries = []
-    for number in range(count):
-        scene, file = next(source), f"{number:06d}.jpg"
-        (folder / "images" / file).write_bytes(jpeg(world.render(scene, random)))
-        entries.append({"id": f"toy-{number}", "image": file, "conversations": [
-            {"from": speaker, "value": value} for question, n_images, answer in world.chat_turns(scene, random)
-            for speaker, value in (("human", "<image>\n" * n_images + question), ("gpt", answer))]})
-    write_json(folder / "chat.json", entries)
+    for name, split, total in (("chat", "train", count), ("held_out", "held out", min(count, 256))):
+        source, entries = world.scenes(np.random.default_rng([seed, 4]), split), []
+        for number in range(total):
+            scene, file = next(source), f"{'held_out_' * (split == 'held out')}{number:06d}.jpg"
+            (folder / "images" / file).write_bytes(jpeg(world.render(scene, random)))
+            entries.append({"id": f"toy-{number}", "image": file, "conversations": [
+                {"from": speaker, "value": value} for question, n_images, answer in world.chat_turns(scene, random)
+                for speaker, value in (("human", "<image>\n" * n_images + question), ("gpt", answer))]})
+        write_json(folder / f"{name}.json", entries)
 
 
 def write_evaluation(folder, count, seed):

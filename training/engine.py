@@ -19,6 +19,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -249,6 +250,8 @@ def distribute(model, blocks, args, dist):
         cast_and_place(part, dist, frozen if args.offload else None)
         fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=args.engine == "fsdp",
                     ignored_params=frozen, offload_policy=offload)
+    for block, following in pairwise(blocks):             # the next layer is gathered while this one computes
+        block.set_modules_to_forward_prefetch([following])
     model.sync_once_per_update = args.offload and args.engine == "zero"
     return model
 
