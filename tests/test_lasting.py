@@ -208,17 +208,20 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
     assert checkpoints.resume(True, [model], [optimizer])[0] == 1
     assert "checkpoint-000003 cannot be read" in capsys.readouterr().err
     checkpoints.save(3, [model], [optimizer], [0, 0, 3], wait=True)      # the same step again
-    assert checkpoints.resume(True, [model], [optimizer])[0] == 3 and not list(tmp_path.glob("*.old"))
+    assert checkpoints.resume(True, [model], [optimizer])[0] == 3
+    written = part.stat().st_mtime_ns
+    checkpoints.save(3, [model], [optimizer], [0, 0, 3], wait=True)      # the state that is in it
+    assert part.stat().st_mtime_ns == written
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    """By step, not by name; one that was moved aside (.old) counts until its successor is complete"""
-    for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-000500.old", "checkpoint-000500.tmp"):
+    """By step, not by name"""
+    for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-000500", "checkpoint-000600.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "done.json").write_text(json.dumps({"files": {}} | {
             "checksum": checksum_of_record({"files": {}})}))
     found = Checkpoints(tmp_path, ARGS, ALONE).complete()
-    assert [path.name for path in found] == ["checkpoint-1000000", "checkpoint-999999", "checkpoint-000500.old"]
+    assert [path.name for path in found] == ["checkpoint-1000000", "checkpoint-999999", "checkpoint-000500"]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):

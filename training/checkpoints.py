@@ -46,7 +46,7 @@ INDEX = {"torch.distributed.checkpoint.metadata": {
 class Checkpoints:
     def __init__(self, out, args, dist):
         self.out, self.keep, self.dist, self.pending, self.group = Path(out), args.keep, dist, None, None
-        self.thread = ThreadPoolExecutor(1)
+        self.thread, self.latest = ThreadPoolExecutor(1), None    # what was last written or read
         self.made_by = {"processes": dist.size, "engine": args.engine, "batch": args.batch,
                         "passes of": args.micro_batch}
         self.task = {name: str(value) for name, value in vars(args).items() if name not in FREE}
@@ -60,6 +60,8 @@ class Checkpoints:
         began = time.perf_counter()
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
+        if final == self.latest:                          # nothing was learned since
+            return 0.0
         if error := self.attempt(make_empty, draft, first_only=True):
             self.warn_lost(draft, error)
         else:                                             # with one thread every process would open a context on GPU 0
@@ -86,8 +88,9 @@ class Checkpoints:
             files = dict(gather_lists(list(checksums.result().items()), self.dist))
             error = self.attempt(publish, draft, final, record | {"files": files}, first_only=True)
         if error:
-            self.warn_lost(draft, error)
-        elif self.dist.first:
+            return self.warn_lost(draft, error)
+        self.latest = final
+        if self.dist.first:
             self.remove_old(final)
 
     def attempt(self, function, *args, first_only=False):
@@ -122,9 +125,8 @@ class Checkpoints:
 
     def folders(self):
         """Folders of checkpoints, complete or not, newest first"""
-        found = [(int(match[1]), path) for path in self.out.glob("checkpoint-*")
-                 if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name))]
-        return [path for _, path in sorted(found, key=lambda pair: (-pair[0], pair[1].suffix))]
+        found = [path for path in self.out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
     def complete(self):
         return [path for path in self.folders() if read_record(path)]
@@ -144,6 +146,7 @@ class Checkpoints:
                 self.check(path, record["task"])
                 error = self.attempt(self.load, path, record, models, optimizers)
             if not error:
+                self.latest = path
                 return record["step"], record["data"]
             warn(f"{path} cannot be read ({str(error)[-200:]})")
         if found[0]:
@@ -235,13 +238,9 @@ def publish(draft, final, record):
     """Complete and rename a written checkpoint."""
     write_json(draft / "done.json", record | {"checksum": checksum_of_record(record)})
     fsync(*draft.iterdir(), draft)
-    if final.exists():                                    # the same step again: the old one stays until the new exists
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-        os.replace(final, final.with_suffix(".old"))
+    shutil.rmtree(final, ignore_errors=True)              # a damaged one, which was passed over on resume
     os.replace(draft, final)
     fsync(final.parent)
-    for path in final.parent.glob("checkpoint-*.old"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_record(path):
