@@ -100,14 +100,12 @@ class LPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers, width, self.compared = [], 3, []          # compared: layers at whose output, by torchvision's numbers
+        layers, width, pool = [], 3, 0                    # by torchvision's numbers
+        self.compared = (3, 8, 15, 22, 29)                # the layers before each pooling, and the last
         with shapes_only():
-            for channels, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-                layers += [nn.MaxPool2d(2)] * (width > 3)
-                for _ in range(convolutions):
-                    layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
-                    width = channels
-                self.compared.append(len(layers) - 1)
+            for channels in (64, 64, pool, 128, 128, pool, *[256] * 3, pool, *[512] * 3, pool, *[512] * 3):
+                layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()] if channels else [nn.MaxPool2d(2)]
+                width = channels or width
             self.features = nn.Sequential(*layers)
             self.lin = nn.ModuleList(nn.Conv2d(layers[n - 1].out_channels, 1, 1, bias=False) for n in self.compared)
         self.requires_grad_(False)
@@ -268,8 +266,8 @@ def main():
 # ---------------------------------------------------------------- the step
 
 def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
-    """Update the generator and, from --disc-start on, the discriminator; passes count alike. -> numbers for the log.
-    Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
+    """Update the generator and, from --disc-start on, the discriminator; every pass has the same weight. -> numbers for
+    the log. Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
     adversarial, outputs, disc_losses, disc_norm = step >= args.disc_start, [], [], torch.zeros((), device=dist.device)
     trained, last = getattr(wrapped, "module", wrapped), len(batches) - 1
     for optimizer in optimizers:

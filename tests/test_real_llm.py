@@ -1,4 +1,4 @@
-"""The table of a real language model, here with a tiny random one: one row for seconds; a second call trains nothing."""
+"""The table of a real language model, here with a tiny random one: a row for seconds; a second call trains nothing."""
 import io
 import sys
 import tarfile
@@ -26,8 +26,8 @@ def test_one_row(toy, tokenizer, tmp_path, monkeypatch, capsys):
         archive.addfile(member, io.BytesIO(book))
     brief = "--steps 2 --warmup 1 --batch 4 --lr 1e-2 --save-every 0"
     monkeypatch.setattr(sys, "argv", [
-        "real_llm", "--toy", str(toy), "--out", str(tmp_path / "out"), "--rows", "libra", "--limit", "23", "--jobs", "1",
-        "--llm", str(llm), "--packages", str(tmp_path / "packages"), "--pretrain", brief, "--frozen", brief, "--tuned",
+        "real_llm", "--toy", str(toy), "--out", str(tmp_path / "out"), "--rows", "libra", "--limit", "23",
+        "--jobs", "1", "--llm", str(llm), "--packages", str(tmp_path / "packages"), "--pretrain", brief, "--frozen", brief, "--tuned",
         brief])
     real_llm.main()
     base = read_json(tmp_path / "out/base.json")

@@ -43,11 +43,9 @@ def write_captions(folder, count, seed, per_shard=2000):
             for index in range(min(per_shard, count - shard * per_shard)):
                 scene, key = next(source), f"{shard:05d}{index:04d}"
                 caption = world.caption(scene, random)
-                facts = {"url": "", "caption": caption, "key": key, "status": "success", "error_message": None,
-                         "exif": "{}"}
-                facts |= dict.fromkeys(("width", "height", "original_width", "original_height"), world.SIDE)
+                facts = {"caption": caption, "key": key, "status": "success"}
                 for ending, content in (("jpg", jpeg(world.render(scene, random))),
-                                        ("json", json.dumps(facts, indent=4).encode()), ("txt", caption.encode())):
+                                        ("json", json.dumps(facts).encode()), ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{key}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

@@ -316,7 +316,7 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def is_due(step, every):
-    """Whether something that is done every so many steps is done after this one; every 0: never"""
+    """Whether what is done every `every` steps (0: never) is due after this step"""
     return every > 0 and (step + 1) % every == 0
 
 
