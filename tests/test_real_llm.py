@@ -27,8 +27,8 @@ def test_one_row(toy, tokenizer, tmp_path, monkeypatch, capsys):
     brief = "--steps 2 --warmup 1 --batch 4 --lr 1e-2 --save-every 0"
     monkeypatch.setattr(sys, "argv", [
         "real_llm", "--toy", str(toy), "--out", str(tmp_path / "out"), "--rows", "libra", "--limit", "23",
-        "--jobs", "1", "--llm", str(llm), "--packages", str(tmp_path / "packages"), "--pretrain", brief, "--frozen", brief, "--tuned",
-        brief])
+        "--jobs", "1", "--llm", str(llm), "--packages", str(tmp_path / "packages"), "--pretrain", brief,
+        "--frozen", brief, "--tuned", brief])
     real_llm.main()
     base = read_json(tmp_path / "out/base.json")
     results = {stage: read_json(tmp_path / f"out/libra-0/{stage}.json") for stage in real_llm.STAGES}
