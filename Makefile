@@ -29,7 +29,7 @@ TOKENIZER = --steps 1900 --batch 16 --warmup 30 --lr 7e-4 --entropy-weight 1 --l
 	--disc-start 1780 --disc-weight 0.2 --sample-every 500
 PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text-to-image 0.5 --vision-down-ratio 1 \
 	--val-data $(TOY)/eval/held_out_captions.json --images $(TOY)/eval --val-every 550
-SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0
+SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0 --val-data $(TOY)/chats/held_out.json --val-every 250
 
 # SmolLM2, in bfloat16: on CPUs without its products LLM_DTYPE=float32 is faster
 LLM_DTYPE ?= bfloat16

@@ -183,6 +183,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
     log, stop, bad, loader = engine.Log(args, dist), Stop(dist), engine.BadSamples(args, dist), iter(loader)
     for step in range(start, start if args.export else args.steps):
         began, last, save_seconds = time.perf_counter(), step + 1 == args.steps, 0.0
+        torch.manual_seed(hash((args.seed, step, dist.rank)))                  # a resumed run draws the same numbers
         lr = engine.set_learning_rate(optimizers, step, args)
         batches = [batch.to(dist.device) for batch in itertools.islice(loader, passes)]
         wait = time.perf_counter() - began

@@ -100,14 +100,12 @@ class LPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers, width, self.compared = [], 3, []          # compared: layers at whose output, by torchvision's numbers
+        layers, width, pool = [], 3, 0                    # by torchvision's numbers
+        self.compared = (3, 8, 15, 22, 29)                # the layers before each pooling, and the last
         with shapes_only():
-            for channels, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-                layers += [nn.MaxPool2d(2)] * (width > 3)
-                for _ in range(convolutions):
-                    layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
-                    width = channels
-                self.compared.append(len(layers) - 1)
+            for channels in (64, 64, pool, 128, 128, pool, *[256] * 3, pool, *[512] * 3, pool, *[512] * 3):
+                layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()] if channels else [nn.MaxPool2d(2)]
+                width = channels or width
             self.features = nn.Sequential(*layers)
             self.lin = nn.ModuleList(nn.Conv2d(layers[n - 1].out_channels, 1, 1, bias=False) for n in self.compared)
         self.requires_grad_(False)
@@ -183,8 +181,6 @@ def options():
     for name, default, words in WEIGHTS:
         g.add_argument(f"--{name}-weight", type=bounded(float, 0), default=default, metavar="W", help=words)
     g.add_argument("--disc-start", type=NATURAL, default=20_000, metavar="STEP", help="first with the discriminator")
-    g.add_argument("--ema", type=bounded(float, 0, below=1), default=0.0, metavar="DECAY",
-                   help="save this running mean of the weights instead; 0: the last weights")
     engine.add_options(parser, "tokenizer", "captions/*.tar", "img2dataset shards, COCO or LLaVA JSON", steps=200_000,
                        warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0, engines=False)
     return parser
@@ -205,16 +201,13 @@ def new_tokenizer(args, clip):
 
 
 class Trained(nn.Module):
-    """The generator's forward pass as one module, which DDP needs. Buffers: `used` (K, N) counts the codes of about the
-    last 50 batches; mean0, mean1, ... are the running means of --ema."""
+    """The generator's forward pass as one module, which DDP needs. The buffer `used` (K, N) counts the codes of about
+    the last 50 batches."""
 
-    def __init__(self, tokenizer, entropy_weight, ema):
+    def __init__(self, tokenizer, entropy_weight):
         super().__init__()
-        self.tokenizer, self.entropy_weight, self.ema = tokenizer, entropy_weight, ema
+        self.tokenizer, self.entropy_weight = tokenizer, entropy_weight
         self.register_buffer("used", torch.zeros(tokenizer.config.num_codebooks, tokenizer.config.codebook_size))
-        self.weights = [p for p in tokenizer.parameters() if p.requires_grad]
-        for i, p in enumerate(self.weights if ema else []):
-            self.register_buffer(f"mean{i}", p.detach().clone())
 
     def forward(self, pixels):
         """pixels (B, 3, R, R) -> reconstruction (B, 3, R, R), ids (B, G, G, K), {the quantizer's losses}"""
@@ -224,21 +217,6 @@ class Trained(nn.Module):
             losses = (lfq_loss(projected, c.codebook_size, entropy_weight=self.entropy_weight)
                       if c.quantizer == "lfq" else vq_loss(projected.float(), quantize.vectors(ids)))
         return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, losses
-
-    def means(self):
-        """Pairs of a weight and its running mean; none without --ema"""
-        return zip(self.weights, (mean for name, mean in self.named_buffers(recurse=False) if name != "used"))
-
-    @torch.no_grad()
-    def average(self, step):
-        """Update the running means, over fewer steps at first."""
-        for p, mean in self.means():
-            mean.lerp_(p, 1 - min(self.ema, (1 + step) / (10 + step)))
-
-    @torch.no_grad()
-    def take_average(self):
-        for p, mean in self.means():
-            p.copy_(mean)
 
     @torch.no_grad()
     def count(self, ids):
@@ -255,7 +233,7 @@ def main():
     if args.plan:
         clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
         with shapes_only():
-            trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight, 0), Discriminator()
+            trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight), Discriminator()
         return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, reconstruct)
     args.clip_folder = args.clip_folder or TOY / "clip"
     dist, folder = engine.setup(args), require_path(args.clip_folder)
@@ -273,14 +251,13 @@ def main():
         raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     lpips = LPIPS().read(args.vgg, args.lpips).to(dist.device) if args.vgg else None
     sources = open_sources(args.data, args.images, only_pictures=True)
-    models = [Trained(tokenizer, args.entropy_weight, args.ema).to(dist.device), discriminator]
+    models = [Trained(tokenizer, args.entropy_weight).to(dist.device), discriminator]
     wrapped = [engine.replicate(model, dist) for model in models]
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     step = partial(update, args, dist, *wrapped, lpips, optimizers)
     builder = PictureBuilder(tokenizer.config.resolution, args.seed)
     if run_steps(args, dist, sources, builder, models, optimizers, step, lambda batch: {"images": len(batch.pixels)},
                  save_samples=partial(save_samples, dist, tokenizer)):
-        models[0].take_average()
         if dist.first:
             tokenizer.save_pretrained(args.out)
         dist.print0(f"{args.out} is an image tokenizer folder")
@@ -289,8 +266,8 @@ def main():
 # ---------------------------------------------------------------- the step
 
 def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
-    """Update the generator and, from --disc-start on, the discriminator; passes count alike. -> numbers for the log.
-    Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
+    """Update the generator and, from --disc-start on, the discriminator; every pass has the same weight. -> numbers for
+    the log. Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
     adversarial, outputs, disc_losses, disc_norm = step >= args.disc_start, [], [], torch.zeros((), device=dist.device)
     trained, last = getattr(wrapped, "module", wrapped), len(batches) - 1
     for optimizer in optimizers:
@@ -299,7 +276,7 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
         engine.set_grad_sync(wrapped, n == last)
         engine.set_grad_sync(disc, False)                 # here it only passes gradients on to the generator
         outputs.append(reconstruct(args, dist, adversarial, wrapped, disc, lpips, batch.pixels, len(batches)))
-    norm = engine.clip_grad_norm(trained.weights, args.clip_norm)
+    norm = engine.clip_grad_norm([p for p in trained.parameters() if p.requires_grad], args.clip_norm)
     optimizers[1].zero_grad(set_to_none=True)
     for n, batch in enumerate(batches if adversarial else ()):                                # discriminator
         engine.set_grad_sync(disc, n == last)
@@ -313,7 +290,6 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
         raise FloatingPointError
     for optimizer in optimizers[:1 + adversarial]:
         optimizer.step()
-    trained.average(step)
     numbers = {name: torch.stack([numbers[name] for numbers, _, _ in outputs]).mean().item() for name in outputs[0][0]}
     numbers |= {"norm": norm.item(), "disc": torch.stack(disc_losses).mean().item() if adversarial else None}
     ids = torch.cat([ids[:len(batch.pixels)] for batch, (_, ids, _) in zip(batches, outputs)])

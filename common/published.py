@@ -10,13 +10,11 @@ CONFIG = "vision_tokenizer_config.yaml"
 CLIP = "encoder.vision_tower.vision_model."               # prefix of the CLIP's tensors
 
 FIXED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
-OPTIONAL = {"freeze", "max_vision_token_length", "ckpt_path", "encoder_name", *FIXED}
 RENAMED = {"num_codebook": "num_codebooks", "select_layer": "select_layers", "initial_resolution": "grid",
            "num_attn_head": "num_attn_heads"}             # in ImageTokenizerConfig
-LEVELS = [set(keys.split()) for keys in (                 # of the file, each inside the one before
-    "freeze max_vision_token_length params", "embed_dim ckpt_path codebook_size num_codebook ddconfig",
-    "encoder_name select_layer z_channels resolution ch ch_mult num_res_blocks attn_resolutions initial_resolution "
-    "num_attn_head double_z in_channels out_ch dropout")]
+NEEDED = {"embed_dim", "codebook_size", "z_channels", "resolution", "ch", "ch_mult", "num_res_blocks",
+          "attn_resolutions", *RENAMED}
+OPTIONAL = {"freeze", "max_vision_token_length", "ckpt_path", "encoder_name", "params", "ddconfig", *FIXED}
 
 
 def read_published_config(folder):
@@ -26,20 +24,17 @@ def read_published_config(folder):
         if len(text := read_text(path)) > 20_000:         # PyYAML would read it for minutes
             raise ValueError("more than 20,000 characters")
         top = yaml.safe_load(text)
-        levels = [top, top["params"], top["params"]["ddconfig"]]
-        values = levels[1] | levels[2]
-        wrong = [key for keys, level in zip(LEVELS, levels) for key in keys ^ level.keys()
-                 if key not in keys & OPTIONAL]
-        wrong += [key for key, value in FIXED.items() if values.get(key, value) != value]
+        values = top | top["params"] | top["params"]["ddconfig"]
+        wrong = [*((values.keys() ^ NEEDED) - OPTIONAL),
+                 *(key for key, value in FIXED.items() if values.get(key, value) != value)]
         checkpoint = inside(path.parent, values.get("ckpt_path") or "vqgan.ckpt")
         clip_folder = inside(path.parent, values.get("encoder_name") or ".")
         if wrong:
-            raise ValueError(f"keys that are unknown, missing, misplaced or of another value: {first_few(wrong)}")
+            raise ValueError(f"keys that are unknown, missing or of another value: {first_few(wrong)}")
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         error = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: expected YAML with params and, in it, ddconfig ({error})") from None
-    return ({RENAMED.get(key, key): values[key] for key in values.keys() - OPTIONAL - {"ddconfig"}},
-            checkpoint, clip_folder)
+    return {RENAMED.get(key, key): values[key] for key in NEEDED}, checkpoint, clip_folder
 
 
 def read_published_weights(checkpoint):

@@ -18,7 +18,7 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(toy):
     run("train_tokenizer.py", "--clip", toy / "clip", "--data", toy / "captions/*.tar", "--out",
-        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --ema 0.9")
+        toy / "tokenizer", TOKENIZER, "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2")
     return toy / "tokenizer"
 
 

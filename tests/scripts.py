@@ -28,7 +28,7 @@ def log(folder):
 
 
 def checkpoint_tensors(checkpoint):
-    """{path: tensor or number} of everything in a checkpoint folder, done.json's and the random states included"""
+    """{path: tensor or number} of everything in a checkpoint folder, done.json's included"""
     whole, found = checkpoint.parent / "whole.pt", {}
     dcp_to_torch_save(checkpoint, whole)
 
@@ -41,7 +41,6 @@ def checkpoint_tensors(checkpoint):
     whole.unlink()
     done = json.loads((checkpoint / "done.json").read_text())
     walk({"data": done["data"], "step": done["step"]}, "done")
-    walk(json.loads((checkpoint / "random-0.json").read_text()), "random")
     return found
 
 

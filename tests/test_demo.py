@@ -19,6 +19,8 @@ def test_make_demo_quick(tmp_path):
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
         assert "only shows that every stage runs: nothing was learned" in result.stdout
     assert "step 1/" not in result.stdout
+    for stage in ("pretrain", "sft"):
+        assert json.loads((tmp_path / stage / "log.jsonl").read_text().splitlines()[-1])["val_loss"] > 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["llama_frozen"] is True and not all(bar["reached"] for bar in report["bars"])
     assert all((tmp_path / stage / "recipe.json").exists() for stage in ("tokenizer", "pretrain", "sft"))

@@ -11,7 +11,7 @@ from common.pictures import open_image
 from common.weights import UserError
 from model import Libra
 from tokenizer import MEAN_COLOUR, ImageTokenizer, prepare, to_picture, to_rgb
-from train_tokenizer import Trained, vq_loss
+from train_tokenizer import vq_loss
 
 
 def saved(image, ending, **options):
@@ -145,20 +145,6 @@ def test_a_learned_table_takes_the_nearest_vector(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again, pixels = ImageTokenizer.from_pretrained(tmp_path), torch.randn(1, 3, 32, 32)
     assert torch.equal(again.decode(again.encode(pixels)[0]), tokenizer.decode(tokenizer.encode(pixels)[0]))
-
-
-def test_the_running_mean_of_the_weights():
-    tokenizer = tiny.image_tokenizer()
-    tokenizer.requires_grad_(False)
-    weight = tokenizer.quant_conv.weight.requires_grad_()
-    trained, mean = Trained(tokenizer, 0.1, ema=0.5), weight.detach().clone()
-    for step in range(20):
-        weight.data += torch.randn_like(weight)
-        trained.average(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        mean = decay * mean + (1 - decay) * weight.detach()
-    trained.take_average()
-    assert torch.allclose(weight, mean, atol=1e-5)
 
 
 def test_only_picture_formats_are_opened(tmp_path, monkeypatch):

@@ -51,7 +51,6 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--lr nan", "--lr: nan: expected at least 0"),
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
-    (train_tokenizer.main, "--ema 1", "--ema: 1: expected at least 0 and below 1"),
     (train_tokenizer.main, "--plan --codebook-size 1", "codebook_size is 1, expected"),
     (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
     (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),

@@ -94,7 +94,7 @@ def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
     resumed("pretrain.py", [*pretrain, "--micro-batch 2 --workers 2"], tmp_path / "b", tmp_path / "c")
     options = ["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER,
-               "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --ema 0.9 --workers 2"]
+               "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --workers 2"]
     resumed("train_tokenizer.py", options, tokenizer, tmp_path / "d")
     options += ["--batch 9 --micro-batch 3"]
     run("train_tokenizer.py", *options, "--out", tmp_path / "g")

@@ -311,7 +311,7 @@ def test_plan_counts_an_image_tokenizer():
 def tokenizer_modules():
     tokenizer = tiny.image_tokenizer()
     tokenizer.requires_grad_(True).clip.requires_grad_(False)
-    return train_tokenizer.Trained(tokenizer, 0.1, 0.0), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
+    return train_tokenizer.Trained(tokenizer, 0.1), train_tokenizer.Discriminator(), train_tokenizer.LPIPS()
 
 
 @pytest.mark.parametrize("words", ["", "--l2-weight 1 --clip-weight 1"])
@@ -386,7 +386,7 @@ def test_plan_of_very_many_layers_takes_no_longer():
 def test_plan_of_the_paper():
     output = run("pretrain.py", "--plan --nproc 8 --memory 80 --micro-batch 8")
     assert "LLaMA                       6.738 B" in output and "expert                      4.229 B" in output
-    assert "9% of that GPU's peak" in output and "the first that fits 80 GB" in output
+    assert "the first that fits 80 GB" in output
     assert run("training.plan", "pretrain --gpus 8 --memory 80 --micro-batch 8") == output
     assert "learns" in run("training.plan", "sft --micro-batch 1")
     memory, flops = planned("train_tokenizer --memory 80 --vgg x --lpips x --micro-batch 16")

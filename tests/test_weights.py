@@ -422,8 +422,6 @@ def test_yaml(tmp_path):
                           (YAML.replace("  ddconfig:", "  config:"), "'ddconfig'"),
                           (YAML.replace("  embed_dim: 32", "embed_dim: 32").replace("params:\n", "") + "params:\n",
                            "expected"),
-                          ("embed_dim: 32\n" + YAML.replace("  embed_dim: 32\n", ""), "embed_dim, embed_dim"),
-                          (YAML.replace("    ch: 32\n", "").replace("  ddconfig", "  ch: 32\n  ddconfig"), "ch, ch"),
                           (YAML + "    embedding: 3\n", "embedding"),
                           (YAML.replace("    ch: 32\n", ""), "another value: ch"),
                           (YAML.replace("vqgan.ckpt", "[5]"), "not list"), ("[" * 15000, "expected"),

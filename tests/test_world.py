@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from toy import world
+from toy.report import read_log
 
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -70,3 +71,11 @@ def test_splits_share_no_composition():
                         for scene in islice(world.scenes(np.random.default_rng(0), split), 500)}
                        for split in ("train", "held out"))
     assert not train & held_out and not any(obj[1:] in world.UNSEEN for scene in train | held_out for obj in scene)
+
+
+def test_broken_lines_of_a_log_are_left_out(tmp_path):
+    """A kill or a full disk cuts a line, and the resumed run writes behind it; a power failure leaves zeros."""
+    path = tmp_path / "log.jsonl"
+    broken = '{"step": 2, "lo{"step": 3}', "\0\0", "5", "[1]", "[" * 10 ** 5, ""
+    path.write_text("\n".join(['{"step": 1, "loss": 2.5}', *broken, '{"step": 4}', '{"step"']))
+    assert read_log(path) == [{"step": 1, "loss": 2.5}, {"step": 4}]

@@ -122,7 +122,7 @@ def score_quantizer(args, name):
 
 
 def run_all(args):
-    """Everything that is not finished, args.jobs tasks at a time"""
+    """Everything that is not finished"""
     rows = args.rows or list(ROWS)
     if "c" in rows:                                       # the first 720 of the demo's 12,000 pictures
         (args.out / "few").mkdir(exist_ok=True)
@@ -130,17 +130,8 @@ def run_all(args):
     if "g" in rows:
         train_tokenizer(args, "scratch", "--encoder", "scratch", "--clip-weight", 0)
     tasks = [(score_quantizer, args, name) for name in ("vq", "lfq") if not args.rows]
-    tasks += [(run_row, args, row, seed) for seed in args.seeds for row in rows
-              if not (args.out / f"{row}-{seed}/result.json").exists()]
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(*task) for task in tasks]:
-            future.result()
-
-
-def finished(args, row):
-    paths = [args.out / f"{row}-{seed}/result.json" for seed in args.seeds]
-    return [read_json(path) for path in paths if path.exists()]
+    run_tasks(args, tasks + [(run_row, args, row, seed) for seed in args.seeds for row in rows
+                             if not (args.out / f"{row}-{seed}/result.json").exists()])
 
 
 def write_table(args):
@@ -148,11 +139,8 @@ def write_table(args):
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " | paper: VQAv2, GQA, VizWiz, MME, POPE, SEED |",
              "|" + "---|" * (len(COLUMNS) + 3)]
     for row, (title, _, paper) in ROWS.items():
-        results, cells = finished(args, row), []
-        for column, digits in COLUMNS.items():
-            values = [result[column] for result in results if column in result]
-            deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and column != "M weights" else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{deviation}" if values else "-")
+        results = finished(args, row)
+        cells = [mean_cell(results, column, digits) for column, digits in COLUMNS.items()]
         lines.append(f"| {title} | {len(results)} | {' | '.join(cells)} | {paper} |")
     for path in sorted(args.out.glob("reconstruction-*.json")):
         n = read_json(path)
@@ -201,6 +189,28 @@ def options(doc, name, rows):
                         "cores: two on a core each take less time than one after the other on two cores")
     parser.add_argument("--show", action="store_true", help="only table and figure")
     return parser
+
+
+def run_tasks(args, tasks):
+    """tasks: [(function, *arguments)], args.jobs at a time, each in a process of its own"""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for future in [pool.submit(*task) for task in tasks]:
+            future.result()
+
+
+def finished(args, row, name="result"):
+    """What is written about a row, for each seed"""
+    paths = [args.out / f"{row}-{seed}/{name}.json" for seed in args.seeds]
+    return [read_json(path) for path in paths if path.exists()]
+
+
+def mean_cell(results, name, digits):
+    """Mean and, of several results, standard deviation as text; empty where no result has this number"""
+    values = [result[name] for result in results if result.get(name) is not None]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else ""
 
 
 def run_table(args, run_all, write_table, plot):

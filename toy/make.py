@@ -43,28 +43,27 @@ def write_captions(folder, count, seed, per_shard=2000):
             for index in range(min(per_shard, count - shard * per_shard)):
                 scene, key = next(source), f"{shard:05d}{index:04d}"
                 caption = world.caption(scene, random)
-                facts = {"url": "", "caption": caption, "key": key, "status": "success", "error_message": None,
-                         "exif": "{}"}
-                facts |= dict.fromkeys(("width", "height", "original_width", "original_height"), world.SIDE)
+                facts = {"caption": caption, "key": key, "status": "success"}
                 for ending, content in (("jpg", jpeg(world.render(scene, random))),
-                                        ("json", json.dumps(facts, indent=4).encode()), ("txt", caption.encode())):
+                                        ("json", json.dumps(facts).encode()), ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{key}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
 
 def write_chats(folder, count, seed):
-    """LLaVA's JSON and its pictures"""
-    random, source = np.random.default_rng([seed, 3]), world.scenes(np.random.default_rng([seed, 4]), "train")
+    """LLaVA's JSON and its pictures; as many, but at most 256, of held-out scenes for --val-data"""
+    random = np.random.default_rng([seed, 3])
     (folder / "images").mkdir()
-    entries = []
-    for number in range(count):
-        scene, file = next(source), f"{number:06d}.jpg"
-        (folder / "images" / file).write_bytes(jpeg(world.render(scene, random)))
-        entries.append({"id": f"toy-{number}", "image": file, "conversations": [
-            {"from": speaker, "value": value} for question, n_images, answer in world.chat_turns(scene, random)
-            for speaker, value in (("human", "<image>\n" * n_images + question), ("gpt", answer))]})
-    write_json(folder / "chat.json", entries)
+    for name, split, total in (("chat", "train", count), ("held_out", "held out", min(count, 256))):
+        source, entries = world.scenes(np.random.default_rng([seed, 4]), split), []
+        for number in range(total):
+            scene, file = next(source), f"{'held_out_' * (split == 'held out')}{number:06d}.jpg"
+            (folder / "images" / file).write_bytes(jpeg(world.render(scene, random)))
+            entries.append({"id": f"toy-{number}", "image": file, "conversations": [
+                {"from": speaker, "value": value} for question, n_images, answer in world.chat_turns(scene, random)
+                for speaker, value in (("human", "<image>\n" * n_images + question), ("gpt", answer))]})
+        write_json(folder / f"{name}.json", entries)
 
 
 def write_evaluation(folder, count, seed):

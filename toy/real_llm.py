@@ -7,12 +7,8 @@ Every row is pretrained with the LLM frozen, then tuned twice: with the LLM stil
 paper. What remains of the language model? Its own answers to 50 questions, token for token, and its perplexity on a
 book. runs/toy/real-llm/ gets a folder per row and seed with pretrain/, frozen/, tuned/; table.md, real-llm.png.
 """
-import multiprocessing
-import os
 import shlex
-import statistics
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -23,7 +19,7 @@ from evaluate import evaluate
 from generate import answer, draw
 from model import Libra
 from streams import Streams
-from toy.ablate import options, run_script, run_table
+from toy.ablate import finished, mean_cell, options, run_script, run_table, run_tasks
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
 from toy.world import DESCRIBE, KINDS
@@ -109,17 +105,13 @@ def perplexity(model, text, length=512):
 
 
 def run_all(args):
-    """Everything that is not finished, args.jobs stages at a time: the pretrained models first"""
+    """Everything that is not finished, the pretrained models first"""
     if not (args.out / "base.json").exists():             # a new visual part does not touch text
         base = Libra.from_pretrained(args.llm, args.toy / "tokenizer", dtype=torch.float32, chat_template="llm").eval()
         write_json(args.out / "base.json", text_scores(base, args.packages))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for stages in (["pretrain"], ["frozen", "tuned"]):
-            tasks = [(args, row, seed, stage) for seed in args.seeds for row in args.rows for stage in stages
-                     if not (args.out / f"{row}-{seed}/{stage}.json").exists()]
-            for future in [pool.submit(run_stage, *task) for task in tasks]:
-                future.result()
+    for stages in (["pretrain"], ["frozen", "tuned"]):
+        run_tasks(args, [(run_stage, args, row, seed, stage) for seed in args.seeds for row in args.rows
+                         for stage in stages if not (args.out / f"{row}-{seed}/{stage}.json").exists()])
 
 
 def write_table(args):
@@ -129,13 +121,8 @@ def write_table(args):
              ["the LLM itself", *[""] * (len(COLUMNS) - 3), "50", f"{base['perplexity']:.2f}", ""]]
     for row in args.rows:
         for stage, title in STAGES.items():
-            paths = [args.out / f"{row}-{seed}/{stage}.json" for seed in args.seeds]
-            results = [read_json(path) for path in paths if path.exists()]
-            lines.append([f"{ROWS[row][0]}, {title}"])
-            for name, digits in COLUMNS.items():
-                values = [result[name] for result in results if result.get(name) is not None]
-                cell = f"{statistics.mean(values):.{digits}f}" if values else ""
-                lines[-1].append(cell + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""))
+            results = finished(args, row, stage)
+            lines.append([f"{ROWS[row][0]}, {title}", *(mean_cell(results, *column) for column in COLUMNS.items())])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (args.out / "table.md").write_text(text)
     print(text)

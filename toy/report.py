@@ -160,7 +160,7 @@ def plot_report(path, title, tuned, toy, models, answers, captions, drawn, given
             (models, "pretrain", "loss (nats per token)", {
                 "pictures": "image", "captions": "text", "held-out pictures": "val_image",
                 "held-out captions": "val_text"}),
-            (models, "sft", "loss (nats per token)", {"answers": "loss"}))):
+            (models, "sft", "loss (nats per token)", {"answers": "loss", "held-out answers": "val_loss"}))):
         log = read_log(folder / stage / "log.jsonl")
         plot_curves(axes, {name: [line.get(key) for line in log] for name, key in curves.items()},
                     f"step of {stage}", label, window=max(1, len(log) // 200))

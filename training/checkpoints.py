@@ -1,15 +1,14 @@
 """Checkpoints: complete or ignored, written in the background, readable by any number of processes.
 
 A checkpoint is a folder `checkpoint-XXXXXX` with torch.distributed.checkpoint's files (trained weights, buffers and
-AdamW's state, sharded), each process's random state, and `done.json`: the step, the place in the data, the size and
-checksum of every file. It is written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen
-weights are not saved: they are read again from the folders that the options name, and must be the same.
+AdamW's state, sharded) and `done.json`: the step, the place in the data, the size and checksum of every file. It is
+written under the name `checkpoint-XXXXXX.tmp`, synced to disk, then renamed. Frozen weights are not saved: they are
+read again from the folders that the options name, and must be the same. Nor are random states: each step is seeded.
 """
 import hashlib
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
@@ -19,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +46,7 @@ INDEX = {"torch.distributed.checkpoint.metadata": {
 class Checkpoints:
     def __init__(self, out, args, dist):
         self.out, self.keep, self.dist, self.pending, self.group = Path(out), args.keep, dist, None, None
-        self.thread = ThreadPoolExecutor(1)
+        self.thread, self.latest = ThreadPoolExecutor(1), None    # what was last written or read
         self.made_by = {"processes": dist.size, "engine": args.engine, "batch": args.batch,
                         "passes of": args.micro_batch}
         self.task = {name: str(value) for name, value in vars(args).items() if name not in FREE}
@@ -62,12 +60,14 @@ class Checkpoints:
         began = time.perf_counter()
         self.finish()
         final, draft = self.out / f"checkpoint-{step:06d}", self.out / f"checkpoint-{step:06d}.tmp"
+        if final == self.latest:                          # nothing was learned since
+            return 0.0
         if error := self.attempt(make_empty, draft, first_only=True):
             self.warn_lost(draft, error)
         else:                                             # with one thread every process would open a context on GPU 0
             writing = dcp.async_save(state_of(models, optimizers), process_group=self.group,
                                      storage_writer=dcp.FileSystemWriter(draft, thread_count=2))
-            checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank, random_state())
+            checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank)
             record = {"step": step, "data": data_state, "task": self.task, **self.made_by}
             self.pending = checksums, draft, final, record
         if wait:
@@ -88,8 +88,9 @@ class Checkpoints:
             files = dict(gather_lists(list(checksums.result().items()), self.dist))
             error = self.attempt(publish, draft, final, record | {"files": files}, first_only=True)
         if error:
-            self.warn_lost(draft, error)
-        elif self.dist.first:
+            return self.warn_lost(draft, error)
+        self.latest = final
+        if self.dist.first:
             self.remove_old(final)
 
     def attempt(self, function, *args, first_only=False):
@@ -124,9 +125,8 @@ class Checkpoints:
 
     def folders(self):
         """Folders of checkpoints, complete or not, newest first"""
-        found = [(int(match[1]), path) for path in self.out.glob("checkpoint-*")
-                 if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name))]
-        return [path for _, path in sorted(found, key=lambda pair: (-pair[0], pair[1].suffix))]
+        found = [path for path in self.out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
     def complete(self):
         return [path for path in self.folders() if read_record(path)]
@@ -146,6 +146,7 @@ class Checkpoints:
                 self.check(path, record["task"])
                 error = self.attempt(self.load, path, record, models, optimizers)
             if not error:
+                self.latest = path
                 return record["step"], record["data"]
             warn(f"{path} cannot be read ({str(error)[-200:]})")
         if found[0]:
@@ -163,20 +164,18 @@ class Checkpoints:
                 raise OSError(f"{name} is damaged: its checksum is not the one written in done.json")
 
     def load(self, path, record, models, optimizers):
-        """Weights, AdamW's and random states. torch reads tensors with weights_only, so no file can run code."""
+        """Weights and AdamW's state. torch reads tensors with weights_only, so no file can run code."""
         reader = IndexReader(path)
         saved = reader.read_metadata().state_dict_metadata.keys()
         state = state_of(models, optimizers, saved)
         if different := state.keys() ^ saved:
             raise UserError(f"it is of another model; only one of both has {first_few(different)}")
         dcp.load(state, storage_reader=reader, process_group=self.group)
-        if record["processes"] == self.dist.size:
-            set_random_state(read_json(path / f"random-{self.dist.rank}.json"))
         changes = "; ".join(f"{name} {record.get(name)}, now {value}" for name, value in self.made_by.items()
                             if record.get(name) != value)
         if changes:
-            self.dist.print0(f"{path} was written with {changes}: not exact to the bit (sums are in another order, "
-                             "random states may be new); weights, AdamW and the place in the data are restored")
+            self.dist.print0(f"{path} was written with {changes}: not exact to the bit (sums are in another order); "
+                             "weights, AdamW and the place in the data are restored")
 
     def check(self, path, task):
         """Refuse, or warn of, options that differ from those of the run that wrote a checkpoint."""
@@ -223,11 +222,10 @@ def fingerprint(*modules, samples=1024):
     return sha.hexdigest()[:16]
 
 
-def complete_files(writing, draft, rank, state):
-    """Wait for torch's files, write the random state. -> {name: [size, checksum]} of this process's files"""
+def complete_files(writing, draft, rank):
+    """Wait for torch's files. -> {name: [size, checksum]} of this process's files"""
     writing.result()
-    write_json(draft / f"random-{rank}.json", state)
-    own = (f"__{rank}_", f"random-{rank}.") + (".metadata",) * (rank == 0)
+    own = (f"__{rank}_",) + (".metadata",) * (rank == 0)
     return {path.name: [path.stat().st_size, checksum(path)] for path in draft.iterdir() if path.name.startswith(own)}
 
 
@@ -240,13 +238,9 @@ def publish(draft, final, record):
     """Complete and rename a written checkpoint."""
     write_json(draft / "done.json", record | {"checksum": checksum_of_record(record)})
     fsync(*draft.iterdir(), draft)
-    if final.exists():                                    # the same step again: the old one stays until the new exists
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-        os.replace(final, final.with_suffix(".old"))
+    shutil.rmtree(final, ignore_errors=True)              # a damaged one, which was passed over on resume
     os.replace(draft, final)
     fsync(final.parent)
-    for path in final.parent.glob("checkpoint-*.old"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_record(path):
@@ -286,23 +280,6 @@ def warn(message):
 def make_empty(folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def random_state():
-    """The state of all random generators of this process, as JSON"""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
-            "torch": torch.get_rng_state().tolist(), "cuda": cuda}
-
-
-def set_random_state(state):
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if torch.cuda.is_available() and state["cuda"]:       # else it was written without a GPU
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 class Stop:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import math
 import os
-import random
 import resource
 import signal
 import socket
@@ -20,10 +19,10 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -198,8 +197,6 @@ def setup(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)          # not warn_only: attention would stay as it is
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     return replace(dist, dtype=DTYPES[args.dtype])
 
@@ -253,6 +250,8 @@ def distribute(model, blocks, args, dist):
         cast_and_place(part, dist, frozen if args.offload else None)
         fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=args.engine == "fsdp",
                     ignored_params=frozen, offload_policy=offload)
+    for block, following in pairwise(blocks):             # the next layer is gathered while this one computes
+        block.set_modules_to_forward_prefetch([following])
     model.sync_once_per_update = args.offload and args.engine == "zero"
     return model
 
@@ -317,7 +316,7 @@ def clip_grad_norm(parameters, max_norm):
 
 
 def is_due(step, every):
-    """Whether something that is done every so many steps is done after this one; every 0: never"""
+    """Whether what is done every `every` steps (0: never) is due after this step"""
     return every > 0 and (step + 1) % every == 0
 
 

@@ -7,7 +7,7 @@
 --gpus N (8), --memory GB of a GPU (80), --tflops TFLOP/s that a GPU reaches (150), --text-tokens of a sample on average
 (50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are those of an average sample, memory
 that of the longest rows (--max-length). Activations are measured by running the model on torch's fake tensors, which
-have shapes and no content. All layers are alike: models of one and two layers are built.
+have shapes and no content. All layers are alike: Libras of one and two layers are built.
 """
 import importlib
 import os
@@ -30,7 +30,6 @@ from text import IMG, expand_images
 from tokenizer import ImageTokenizer, ImageTokenizerConfig, find_image_tokenizer, read_image_config
 from training.engine import ENGINES, Dist
 
-PAPER_HOURS, PAPER_SAMPLES, A100 = 8400, 40_000 * 1280, 312e12                                # Tab. 4, Sec. A.2; peak
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "image_size": 336, "patch_size": 14, "layer_norm_eps": 1e-5}
 COMPILED = 0.64                # share of a layer's activations that is saved with --compile, see docs/speed.md
@@ -73,9 +72,6 @@ def show_libra(args, stage, llm, image_tokenizer=None, **changes):
     title = (f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {args.micro_batch} samples a pass, "
              f"an image of {config.image_tokens} tokens and {args.text_tokens} of text, {longest} at most")
     show(args, title, weights, memory, flops)
-    if stage == "pretrain" and config.hidden_size == 4096 and config.num_hidden_layers == 32:
-        print(f"the paper's {PAPER_HOURS} A100 hours for {PAPER_SAMPLES / 1e6:.1f} M samples at this cost: "
-              f"{sum(flops.values()) * PAPER_SAMPLES / (PAPER_HOURS * 3600 * A100):.0%} of that GPU's peak")
 
 
 def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
@@ -164,16 +160,10 @@ def libra_weights(config, train_llama):
 
 def tokenizer_costs(clip_config):
     """-> number of an image tokenizer's weights, FLOPs of the forward pass of its CLIP for one image"""
-    c, costs = clip_config, []
-    for n in (1, 2):
-        sizes = replace(c, clip=c.clip | {"num_hidden_layers": n}, select_layers=[n] * len(c.select_layers))
-        with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            tokenizer = ImageTokenizer(sizes)
-            tokenizer.signal(torch.empty(1, 3, c.resolution, c.resolution))
-        costs.append((count(tokenizer), counter.get_total_flops()))
-    (weights, flops), (more_weights, more_flops) = costs
-    return (weights + (c.clip["num_hidden_layers"] - 1) * (more_weights - weights),
-            flops + (max(c.select_layers) - 1) * (more_flops - flops))
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tokenizer = ImageTokenizer(clip_config)
+        tokenizer.signal(torch.empty(1, 3, clip_config.resolution, clip_config.resolution))
+    return count(tokenizer), counter.get_total_flops()
 
 
 # ---------------------------------------------------------------- FLOPs
