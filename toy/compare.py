@@ -3,9 +3,10 @@
     make compare                     # on the demo's files, under two hours on two cores; interrupted, it goes on
     python -m toy.compare --show     # only the table and the figure of what is finished
 
-Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16; without a stage its
-pictures go to the stage after it. Each system tries three learning rates over half of the steps, judged by questions of
-their own. runs/toy/compare/ gets a folder per row and seed, table.md, compare.png.
+Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without a first stage
+its pictures go to the stage after it; without HoVLE's stage 2 they go to the one before, as both read captions. Each
+system tries three learning rates over half of the steps, judged by questions of their own. runs/toy/compare/ gets a
+folder per row and seed, table.md, compare.png.
 """
 import importlib
 import multiprocessing
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import POSITIVE, run
@@ -53,13 +55,13 @@ ROWS = {   # title, system, needs CLIP to answer, stages: (command, options, sha
         (HOVLE, "--stage 3", "chats", 1e-3)]),
     "llava": ("LLaVA-like", "llava", True, [
         (LLAVA, f"--stage 1 {NEW}", 1, 1e-3), (LLAVA, "--stage 2", "chats", 1e-3)]),
-    "haplovl-1": ("HaploVL without stage 1", "haplovl", False, [
+    "haplovl-no-stage-1": ("HaploVL without stage 1", "haplovl", False, [
         (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0, 0), (HAPLOVL, "--stage 2 --freeze-llm", 1, 2e-3),
         (HAPLOVL, "--stage 2", "chats", 1e-3)]),
-    "hovle-1": ("HoVLE without stage I", "hovle", False, [
+    "hovle-no-stage-1": ("HoVLE without stage 1", "hovle", False, [
         (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0, 0), (HOVLE, "--stage 2", 1, 1e-3),
         (HOVLE, "--stage 3", "chats", 1e-3)]),
-    "hovle-2": ("HoVLE without stage II", "hovle", False, [
+    "hovle-no-stage-2": ("HoVLE without stage 2", "hovle", False, [
         (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 1, 1e-3), (HOVLE, "--stage 3", "chats", 1e-3)])}
 FACTORS = 0.5, 1.0, 2.0                                   # of all learning rates of a system
 COLUMNS = {"questions": 3, "blind": 3, "another picture": 3, "unseen pairs": 3, "captions": 3, "existence F1": 3,
@@ -150,7 +152,7 @@ def count_flops(command, words):
     """FLOPs of all products in a command of a trainer"""
     module = command.split()[-1].removesuffix(".py")
     sys.argv = [module, *map(str, words)]
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:             # a CPU's fused attention
         importlib.import_module(module).main()
     return counter.get_total_flops()
 
