@@ -3,7 +3,7 @@
     make compare                     # on the demo's files, under two hours on two cores; interrupted, it goes on
     python -m toy.compare --show     # only the table and the figure of what is finished
 
-Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without a first stage
+Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without stage 1
 its pictures go to the stage after it; without HoVLE's stage 2 they go to the one before, as both read captions. Each
 system tries three learning rates over half of the steps, judged by questions of their own. runs/toy/compare/ gets a
 folder per row and seed, table.md, compare.png.
