@@ -382,8 +382,8 @@ def main():
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",
-                        help="a picture has G x G tokens, BOI and EOI: `grid` in the image tokenizer's config.json; 24 as "
-                        "published, 7 in the toy world")
+                        help="a picture has G x G tokens, BOI and EOI; `grid` in the image tokenizer's config.json: 24 "
+                        "as published, 7 in the toy world")
     args = parser.parse_args()
     expand_patterns(args.files)                           # a mistake in the names is reported first
     path, image_tokens = Path(args.llm) / "config.json", args.grid ** 2 + 2

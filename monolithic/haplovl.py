@@ -9,7 +9,6 @@ best after a run on captions with --freeze-llm (ours): what the pre-decoder hand
 """
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from common.weights import UserError, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
 from monolithic import shared, stages
-from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -127,6 +125,7 @@ class PreDecoder(nn.Module):
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
     generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read_config, from_pretrained = staticmethod(read_config), classmethod(shared.from_pretrained)
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -140,13 +139,6 @@ class HaploVL(PreDecoder):
         (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
         x = self.model.pre_connector(x)
         return self.model.norm(shared.run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
-        with shapes_only():
-            model = cls(*read_config(Path(folder) / "config.json"))
-        return shared.load(model, llama.read_llama_tensors(folder, model.base, dtype), folder, device)
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
@@ -177,7 +169,8 @@ class Distillation(PreDecoder):
         seen = self.vision_head(x.flatten(0, 1)[batch.image_index[is_patch]])
         vision = 1 - F.cosine_similarity(seen.float(), features[batch.order[is_patch]].float(), dim=-1)
         head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
-        return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
+        where = batch.loss_mask.nonzero(as_tuple=True)    # as in shared.next_token_loss
+        return vision.sum(), cross_entropy(head, x[where], batch.ids[where])
 
     def save_pretrained(self, folder, tensors=None):
         """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: <image> has a row of zeros in lm_head."""
@@ -203,7 +196,7 @@ def new_configs(llm, clip, aspect_ratio):
 
 
 def distill(args, dist):
-    """-> the model of stage 1, its loss"""
+    """-> the model of stage 1, its layers, what else stages.fit takes"""
     llm, text, clip, sizes = stages.new_parts(args)
     base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
     model = Distillation(base, pre, sizes["hidden_size"])
@@ -214,7 +207,17 @@ def distill(args, dist):
         with torch.no_grad():                             # ours: the last layer but one, as LLaVA
             features = clip.hidden_states(batch.tiles.to(dist.dtype), -1)[-1][:, 1:].flatten(0, 1)
         return dict(zip(("vision", "text"), wrapped(batch, features, table)))     # ours: all tokens count alike
-    return model, loss
+    return model, model.model.layers, {"loss": loss, "every_token": True, "teachers": [*clip.parameters(), table]}
+
+
+def build(args, dist):
+    """As distill, of any stage"""
+    if args.stage == 1:
+        return distill(args, dist)
+    model = stages.trained_before(args, "haplovl", HaploVL)
+    for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
+        part.requires_grad_(not args.freeze_llm)
+    return model, model.model.layers, {}
 
 
 def main():
@@ -224,16 +227,7 @@ def main():
                         help="stage 1: a picture is up to 6 tiles (None: this), or one square")
     parser.add_argument("--freeze-llm", action="store_true",
                         help="stage 2 on captions, before it trains all: pre-decoder and connector learn (ours)")
-    args, dist = stages.start(parser, "image_aspect_ratio")
-    if args.stage == 1:
-        model, loss = distill(args, dist)
-        stages.fit(args, dist, model, model.model.layers, loss, every_token=True)
-    else:
-        model = stages.trained_before(args, "haplovl", HaploVL)
-        for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
-            part.requires_grad_(not args.freeze_llm)
-        args.frozen = fingerprint(model)
-        stages.fit(args, dist, model, model.model.layers)
+    stages.run_stage(parser, build, "image_aspect_ratio")
 
 
 if __name__ == "__main__":

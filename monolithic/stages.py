@@ -1,15 +1,23 @@
 """The commands of this folder: their options, what a first stage starts from, the trainers' loop."""
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
-from common.cli import POSITIVE, TOY, Help, require_path
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import DTYPES, POSITIVE, TOY, Help, require_path
 from common.weights import UserError, assign, shapes_only
-from llama import Llama
+from llama import Llama, LlamaConfig
 from monolithic import shared
 from pretrain import train
-from text import open_text
+from text import IMG, TEMPLATES, open_text
 from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
-from training import engine
+from training import engine, plan
 from training.checkpoints import fingerprint
 
 
@@ -26,29 +34,42 @@ def options(doc, name, stages):
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
     g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
     g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
+    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; llm: the LLM's own; None: the model's, "
+                   "at first vicuna. The LLM of the released HoVLE knows internlm2-chat")
     _, data, lr = stages[stage - 1]
     engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
-                       steps=30_000, warmup=900, batch=128, lr=lr)            # the recipe is ours
+                       steps=30_000, warmup=900, batch=128, lr=lr, text=300 if "chat" in data else 50)       # ours
     return parser
 
 
-def start(parser, *stage_1):
-    """stage_1: names of the options that, as --llm and --clip, shape a new model -> args, dist"""
+def run_stage(parser, build, *stage_1):
+    """stage_1: names of the options that, as --llm and --clip, shape a new model. build(args, dist) -> the model, its
+    layers, what else fit takes. Under --plan all tensors that build makes have shapes and no content."""
     args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
-    if args.plan:
-        raise UserError("--plan counts Libra's parts only")
     if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
         words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
         raise UserError(f"{words} belong to stage 1, --model to the later ones")
+    if args.plan:
+        plan.fill_in(args)
+        torch.set_default_dtype(dtype := DTYPES[args.dtype])      # .to() fails on fake weights
+        with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.nn.Module.to", lambda module, *_: module):
+            model, blocks, options = build(args, engine.Dist(0, 1, torch.device("cpu"), dtype))
+        torch.set_default_dtype(torch.float32)
+        return show_plan(args, model, blocks, **options)
     dist = engine.setup(args)
     args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
-    return args, dist
+    model, blocks, options = build(args, dist)
+    fit(args, dist, model, blocks, **options)
 
 
 def new_parts(args):
     """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, text, sizes = Llama.from_pretrained(folder), open_text(folder), read_clip_sizes(clip_folder)
+    sizes = read_clip_sizes(clip_folder)
+    if args.plan:
+        return Llama(LlamaConfig.from_file(folder / "config.json")), None, ClipViT(**sizes), sizes
+    llm, text = Llama.from_pretrained(folder), open_text(folder)
+    text.use_template(args.template)
     with shapes_only():
         clip = ClipViT(**sizes)
     assign(clip, read_clip_weights(clip_folder), clip_folder)
@@ -59,14 +80,77 @@ def new_parts(args):
 def trained_before(args, name, cls):
     """Later stages -> the model of the stage before"""
     folder = Path(require_path(args.model or TOY / f"{name}-{args.stage - 1}"))
+    if args.plan:
+        return cls(*cls.read_config(folder / "config.json"))
     model = cls.from_pretrained(folder)
     model.text = open_text(folder)
+    model.text.use_template(args.template)
     return model
 
 
-def fit(args, dist, model, blocks, loss=lambda wrapped, batch: {"text": wrapped(batch)}, counts=shared.Batch.counts,
-        build=shared.ChatBuilder, every_token=False):
-    """The trainers' loop over samples of `build`; see pretrain.train"""
+def next_token(wrapped, batch):
+    return {"text": wrapped(batch)}
+
+
+def fit(args, dist, model, blocks, loss=next_token, counts=shared.Batch.counts, build=shared.ChatBuilder,
+        every_token=False, teachers=()):
+    """The trainers' loop over samples of `build`; see pretrain.train. teachers: frozen tensors beside the model"""
+    if not teachers:
+        args.frozen = fingerprint(model)
     model.checkpoint_activations = args.checkpoint_activations
     builder = build(model.text, model.halves[-1], args.max_length, args.seed, every_token)
     train(args, dist, model, builder, loss, counts, blocks)
+
+
+# ---------------------------------------------------------------- --plan
+
+@contextmanager
+def counted_flops():
+    """torch's counter. It knows no fused attention of a CPU, and under it torch cannot make a CausalBias."""
+    def lower_right(n, m):
+        return torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    with patch.object(shared, "causal_lower_right", lower_right), sdpa_kernel(SDPBackend.MATH), (
+            FlopCounterMode(display=False)) as counter:
+        yield counter
+
+
+def show_plan(args, model, blocks, loss=next_token, teachers=(), **_):
+    """See training/plan.py. All tensors of the model are without content; the whole of it runs, on one row."""
+    config, weights, inputs = model.halves[-1], {}, []
+    tiles, order = config.prepare(Image.new("RGB", (640, 480)), 1)
+    longest = min(args.max_length, config.max_position_embeddings) - len(order) - 3           # <s>, two edges
+    if longest < 1:
+        raise UserError(f"a picture of 640 x 480 has {len(order)} tokens, too many for --max-length {args.max_length} "
+                        f"and the model's {config.max_position_embeddings} positions")
+
+    def run_pass(n_text):                                 # <s>, a picture, text, all of which counts
+        ids, labels, _ = shared.spell_out([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [len(order)],
+                                          config.image_token_index, edges=config.edges)
+        batch = shared.Batch.build(*shared.pad([ids]), [(tiles, order)], config, torch.tensor([labels]).bool())
+        return sum(loss(model, batch).values())
+
+    def measure(recompute):
+        model.checkpoint_activations = recompute
+        return args.micro_batch * plan.saved_bytes(model.parameters(), lambda: run_pass(longest))
+    hooks = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].nbytes)) for block in blocks]
+    outside = measure(True)
+    for hook in hooks:
+        hook.remove()
+    layers = (measure(False) - outside) * (plan.COMPILED if args.compile else 1)
+    recomputed = args.micro_batch * sum(inputs) + layers / len(blocks)        # their inputs, and one layer at a time
+    activations = outside + (recomputed if args.checkpoint_activations else layers)
+    with counted_flops() as counter:
+        total = run_pass(min(args.text_tokens, longest))
+        forward = counter.get_total_flops()
+        total.backward()
+    for name, p in model.named_parameters():
+        part = name.removeprefix("embedding_").removeprefix("model.").split(".")[0]
+        part += " (frozen)" * (not p.requires_grad)
+        weights[part] = weights.get(part, (0,))[0] + p.numel(), p.requires_grad
+    weights |= {"teachers": (sum(x.numel() for x in teachers), False)} if teachers else {}
+    memory, _ = plan.memory_of(args, weights, {"activations": activations}, args.nproc, DTYPES[args.dtype], len(blocks),
+                               args.memory * 1e9, engine.ENGINES)
+    title = (f"{type(model).__name__}, stage {args.stage}: {args.micro_batch} samples a pass, {len(order)} tokens of a "
+             f"picture of 640 x 480, {args.text_tokens} of text, {longest} at most")
+    flops = {"forward": forward, "backward": counter.get_total_flops() - forward}
+    plan.show(args, title, weights, memory, flops)

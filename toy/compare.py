@@ -24,8 +24,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import POSITIVE, run
 from common.plots import new_figure, plot_curves
@@ -35,6 +33,7 @@ from generate import encode_prompts, generate
 from llama import Llama
 from monolithic import open_model
 from monolithic.shared import Batch, pad
+from monolithic.stages import counted_flops
 from text import open_text
 from toy.ablate import options, run_script, run_table
 from toy.make import text_rows, write_evaluation
@@ -152,7 +151,7 @@ def count_flops(command, words):
     """FLOPs of all products in a command of a trainer"""
     module = command.split()[-1].removesuffix(".py")
     sys.argv = [module, *map(str, words)]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:             # a CPU's fused attention
+    with counted_flops() as counter:
         importlib.import_module(module).main()
     return counter.get_total_flops()
 
