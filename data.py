@@ -375,10 +375,8 @@ def main():
     parser = argparse.ArgumentParser(description=inspect_files.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of image paths in JSON files")
-    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="folder with tokenizer and config.json: "
-                        "an LLM's, or a model's of ours")
-    parser.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; llm: the LLM's own; None: what the "
-                        "config.json of --llm says, else vicuna")
+    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with its tokenizer and config.json")
+    parser.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: that of --llm, or vicuna")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",

@@ -164,8 +164,6 @@ class Text:
 
     def save(self, folder):
         """Copy the files that were read into a model folder, and remove those that another tokenizer has left there."""
-        if self.path.parent.resolve() == Path(folder).resolve():
-            return
         for name in ("tokenizer.model", "tokenizer.json", *SETTINGS, "chat_template.jinja"):
             old, new = self.path.with_name(name), Path(folder) / name
             if old.is_file():

@@ -185,20 +185,21 @@ class Distillation(PreDecoder):
         model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
 
 
-def new_configs(llm, clip, aspect_ratio):
-    """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    both = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
-            "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio}
-    pre = {name: clip[name] for name in names} | {"num_key_value_heads": 0, "rms_norm_eps": clip["layer_norm_eps"],
-                                                  "norm_mode": "layernorm", "attention_rope": True}
-    return HalfConfig(**asdict(llm) | both | {"head_dim": 0, "tie_word_embeddings": False}), HalfConfig(**both | pre)
-
-
-def distill(args, dist):
-    """-> the model of stage 1, its layers, what else stages.fit takes"""
+def build(args, dist):
+    """-> stages.Stage. Ours: a new pre-decoder has the sizes of the CLIP that it is distilled from"""
+    if args.stage == 2:
+        model = stages.trained_before(args, "haplovl", HaploVL)
+        for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
+            part.requires_grad_(not args.freeze_llm)
+        return stages.Stage(model, model.model.layers)
     llm, text, clip, sizes = stages.new_parts(args)
-    base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    both = {"vocab_size": llm.config.vocab_size + 1, "image_token_index": llm.config.vocab_size,
+            "patch_size": sizes["patch_size"], "default_image_size": sizes["image_size"],
+            "image_aspect_ratio": args.image_aspect_ratio or "anyres_max_6"}
+    base = HalfConfig(**asdict(llm.config) | both | {"head_dim": 0, "tie_word_embeddings": False})
+    pre = HalfConfig(**both | {name: sizes[name] for name in names}, num_key_value_heads=0, norm_mode="layernorm",
+                     rms_norm_eps=sizes["layer_norm_eps"], attention_rope=True)
     model = Distillation(base, pre, sizes["hidden_size"])
     model.text = text
     table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
@@ -207,17 +208,7 @@ def distill(args, dist):
         with torch.no_grad():                             # ours: the last layer but one, as LLaVA
             features = clip.hidden_states(batch.tiles.to(dist.dtype), -1)[-1][:, 1:].flatten(0, 1)
         return dict(zip(("vision", "text"), wrapped(batch, features, table)))     # ours: all tokens count alike
-    return model, model.model.layers, {"loss": loss, "every_token": True, "teachers": [*clip.parameters(), table]}
-
-
-def build(args, dist):
-    """As distill, of any stage"""
-    if args.stage == 1:
-        return distill(args, dist)
-    model = stages.trained_before(args, "haplovl", HaploVL)
-    for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
-        part.requires_grad_(not args.freeze_llm)
-    return model, model.model.layers, {}
+    return stages.Stage(model, model.model.layers, loss, every_token=True, teachers=[*clip.parameters(), table])
 
 
 def main():

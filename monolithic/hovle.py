@@ -8,6 +8,7 @@ Stage 1 distils the module, stage 2 trains it alone on the next token, stage 3 t
 leaves open. Letters: B rows, L positions, C width of both halves, g patches of a tile's side, n tiles of a batch.
 """
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,7 @@ class Embedder(nn.Module):
 
 class HoVLE(Embedder):
     generate, forward, read_config = shared.generate, shared.next_token_loss, staticmethod(read_config)
+    from_pretrained = classmethod(partial(shared.from_pretrained, unpack=internlm2.unpack))
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -175,10 +177,6 @@ class HoVLE(Embedder):
     def row_lengths(self, rows):
         longer = 3 * (self.pre.pixel_shuffle_loc == "post")
         return [[len(row) + longer * row.count(self.pre.image_token_index) for row in rows], [len(row) for row in rows]]
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        return shared.from_pretrained(cls, folder, dtype, device, internlm2.unpack)
 
 
 # ---------------------------------------------------------------- stage 1: distillation; 2: the module; 3: all
@@ -219,8 +217,7 @@ class Distillation(Embedder):
 
 
 def distill(args, dist):
-    """-> the model of stage 1, its layers, what else stages.fit takes. Ours: tiles of the CLIP's size in patches of
-    half its side, so that an image token is one patch of the CLIP"""
+    """-> stages.Stage. Ours: tiles of the CLIP's size, patches of half its side: an image token is one of its patches"""
     llm, text, clip, sizes = stages.new_parts(args)
     n, side = llm.config.vocab_size, sizes["image_size"]
     check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
@@ -241,9 +238,8 @@ def distill(args, dist):
             pixels = (rgb - tokenizer.MEAN.to(rgb)) / tokenizer.STD.to(rgb)
             features = clip.hidden_states(pixels.to(dist.dtype), -1)[-1][:, 1:]
         return dict(zip(("vision", "text"), wrapped(batch, features, table)))
-    return model, model.embedding_model.encoder, {
-        "loss": loss, "counts": count_rows, "build": shared.UnpairedBuilder, "every_token": True,
-        "teachers": [*clip.parameters(), table]}
+    return stages.Stage(model, model.embedding_model.encoder, loss, count_rows, shared.UnpairedBuilder, True,
+                        [*clip.parameters(), table])
 
 
 def count_rows(batch):
@@ -255,15 +251,15 @@ def count_rows(batch):
 def build(args, dist):
     """As distill, of any stage"""
     if args.stage == 1:
-        model, layers, options = distill(args, dist)
+        stage = distill(args, dist)
     else:
         model = stages.trained_before(args, "hovle", HoVLE)
         llm = model.language_model.requires_grad_(args.stage == 3)
         llm.model.embed_tokens.requires_grad_(False)
-        layers, options = [*model.embedding_model.encoder, *llm.model.layers], {}
-    longer = 4 if model.pre.pixel_shuffle_loc == "post" else 1                                # the row of the module
-    args.max_length = min(args.max_length, model.pre.max_position_embeddings // longer)
-    return model, layers, options
+        stage = stages.Stage(model, [*model.embedding_model.encoder, *llm.model.layers])
+    pre = stage.model.pre                                 # its row is longer in "post"
+    args.max_length = min(args.max_length, pre.max_position_embeddings // (4 if pre.pixel_shuffle_loc == "post" else 1))
+    return stage
 
 
 def main():

@@ -55,7 +55,7 @@ class Llava(Llama):
 
 
 def build(args, _):
-    """-> the model of a stage, its layers, what else stages.fit takes"""
+    """-> stages.Stage"""
     if args.stage == 1:
         llm, text, clip, sizes = stages.new_parts(args)
         new = {"clip": sizes, "image_token_index": llm.config.vocab_size, "tie_word_embeddings": False}
@@ -68,7 +68,7 @@ def build(args, _):
     m, clip = model.requires_grad_(args.stage == 2).model, model.model.vision_tower
     m.mm_projector.requires_grad_()
     nn.ModuleList([clip.encoder.layers[-1], clip.post_layernorm]).requires_grad_(False)      # unused
-    return model, [*clip.encoder.layers, *m.layers], {}
+    return stages.Stage(model, [*clip.encoder.layers, *m.layers])
 
 
 def main():

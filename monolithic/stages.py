@@ -1,7 +1,9 @@
 """The commands of this folder: their options, what a first stage starts from, the trainers' loop."""
 import argparse
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -34,17 +36,27 @@ def options(doc, name, stages):
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
     g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
     g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
-    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; llm: the LLM's own; None: the model's, "
-                   "at first vicuna. The LLM of the released HoVLE knows internlm2-chat")
+    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: the model's, at first vicuna")
     _, data, lr = stages[stage - 1]
     engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
                        steps=30_000, warmup=900, batch=128, lr=lr, text=300 if "chat" in data else 50)       # ours
     return parser
 
 
+class Stage(NamedTuple):
+    """What the trainers' loop takes, see pretrain.train"""
+    model: torch.nn.Module
+    blocks: list                                          # its layers
+    loss: Callable = lambda wrapped, batch: {"text": wrapped(batch)}
+    counts: Callable = shared.Batch.counts
+    builder: type = shared.ChatBuilder                    # of samples
+    every_token: bool = False                             # see ChatBuilder
+    teachers: list = ()                                   # frozen tensors beside the model
+
+
 def run_stage(parser, build, *stage_1):
-    """stage_1: names of the options that, as --llm and --clip, shape a new model. build(args, dist) -> the model, its
-    layers, what else fit takes. Under --plan all tensors that build makes have shapes and no content."""
+    """stage_1: names of the options that, as --llm and --clip, shape a new model. build(args, dist) -> Stage; under
+    --plan all its tensors have shapes and no content."""
     args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
     if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
         words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
@@ -53,13 +65,16 @@ def run_stage(parser, build, *stage_1):
         plan.fill_in(args)
         torch.set_default_dtype(dtype := DTYPES[args.dtype])      # .to() fails on fake weights
         with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.nn.Module.to", lambda module, *_: module):
-            model, blocks, options = build(args, engine.Dist(0, 1, torch.device("cpu"), dtype))
+            stage = build(args, engine.Dist(0, 1, torch.device("cpu"), dtype))
         torch.set_default_dtype(torch.float32)
-        return show_plan(args, model, blocks, **options)
+        return show_plan(args, stage)
     dist = engine.setup(args)
     args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
-    model, blocks, options = build(args, dist)
-    fit(args, dist, model, blocks, **options)
+    model, blocks, loss, counts, builder, every_token, teachers = build(args, dist)
+    args.frozen = args.frozen if teachers else fingerprint(model)
+    model.checkpoint_activations = args.checkpoint_activations
+    samples = builder(model.text, model.halves[-1], args.max_length, args.seed, every_token)
+    train(args, dist, model, samples, loss, counts, blocks)
 
 
 def new_parts(args):
@@ -67,7 +82,8 @@ def new_parts(args):
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
     sizes = read_clip_sizes(clip_folder)
     if args.plan:
-        return Llama(LlamaConfig.from_file(folder / "config.json")), None, ClipViT(**sizes), sizes
+        llm = Llama(LlamaConfig.from_file(folder / "config.json")).requires_grad_(False)
+        return llm, None, ClipViT(**sizes).requires_grad_(False), sizes
     llm, text = Llama.from_pretrained(folder), open_text(folder)
     text.use_template(args.template)
     with shapes_only():
@@ -88,69 +104,40 @@ def trained_before(args, name, cls):
     return model
 
 
-def next_token(wrapped, batch):
-    return {"text": wrapped(batch)}
-
-
-def fit(args, dist, model, blocks, loss=next_token, counts=shared.Batch.counts, build=shared.ChatBuilder,
-        every_token=False, teachers=()):
-    """The trainers' loop over samples of `build`; see pretrain.train. teachers: frozen tensors beside the model"""
-    if not teachers:
-        args.frozen = fingerprint(model)
-    model.checkpoint_activations = args.checkpoint_activations
-    builder = build(model.text, model.halves[-1], args.max_length, args.seed, every_token)
-    train(args, dist, model, builder, loss, counts, blocks)
-
-
 # ---------------------------------------------------------------- --plan
 
 @contextmanager
 def counted_flops():
     """torch's counter. It knows no fused attention of a CPU, and under it torch cannot make a CausalBias."""
-    def lower_right(n, m):
-        return torch.ones(n, m, dtype=torch.bool).tril(m - n)
-    with patch.object(shared, "causal_lower_right", lower_right), sdpa_kernel(SDPBackend.MATH), (
-            FlopCounterMode(display=False)) as counter:
+    mask = patch.object(shared, "causal_lower_right", lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n))
+    with mask, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
-def show_plan(args, model, blocks, loss=next_token, teachers=(), **_):
-    """See training/plan.py. All tensors of the model are without content; the whole of it runs, on one row."""
-    config, weights, inputs = model.halves[-1], {}, []
-    tiles, order = config.prepare(Image.new("RGB", (640, 480)), 1)
-    longest = min(args.max_length, config.max_position_embeddings) - len(order) - 3           # <s>, two edges
-    if longest < 1:
-        raise UserError(f"a picture of 640 x 480 has {len(order)} tokens, too many for --max-length {args.max_length} "
-                        f"and the model's {config.max_position_embeddings} positions")
+def show_plan(args, stage):
+    """See training/plan.py. The model's tensors have no content, and the whole of it runs. Not counted: what --compile
+    saves, the layer that is recomputed."""
+    model, config, weights = stage.model, stage.model.halves[-1], {}
+    picture = config.prepare(Image.new("RGB", (640, 480)), 1)
+    n_image, most = len(picture[1]), min(args.max_length, config.max_position_embeddings)
+    if n_image + 4 > most:                                # <s>, two edges, a word
+        raise UserError(f"a picture of 640 x 480 has {n_image} tokens, a row {most}: give a larger --max-length")
 
-    def run_pass(n_text):                                 # <s>, a picture, text, all of which counts
-        ids, labels, _ = shared.spell_out([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [len(order)],
+    def run_pass(n_rows, n_text):                         # all of the text counts
+        ids, labels, _ = shared.spell_out([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
                                           config.image_token_index, edges=config.edges)
-        batch = shared.Batch.build(*shared.pad([ids]), [(tiles, order)], config, torch.tensor([labels]).bool())
-        return sum(loss(model, batch).values())
-
-    def measure(recompute):
-        model.checkpoint_activations = recompute
-        return args.micro_batch * plan.saved_bytes(model.parameters(), lambda: run_pass(longest))
-    hooks = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].nbytes)) for block in blocks]
-    outside = measure(True)
-    for hook in hooks:
-        hook.remove()
-    layers = (measure(False) - outside) * (plan.COMPILED if args.compile else 1)
-    recomputed = args.micro_batch * sum(inputs) + layers / len(blocks)        # their inputs, and one layer at a time
-    activations = outside + (recomputed if args.checkpoint_activations else layers)
+        batch = shared.Batch.build(*shared.pad([ids] * n_rows), [picture] * n_rows, config,
+                                   torch.tensor([labels] * n_rows).bool())
+        return sum(stage.loss(model, batch).values())
     with counted_flops() as counter:
-        total = run_pass(min(args.text_tokens, longest))
-        forward = counter.get_total_flops()
-        total.backward()
-    for name, p in model.named_parameters():
-        part = name.removeprefix("embedding_").removeprefix("model.").split(".")[0]
-        part += " (frozen)" * (not p.requires_grad)
+        run_pass(1, min(args.text_tokens, most - n_image - 3)).backward()
+    model.checkpoint_activations = args.checkpoint_activations
+    saved = plan.saved_bytes(model.parameters(), lambda: run_pass(args.micro_batch, most - n_image - 3))
+    for name, p in [*model.named_parameters(), *(("teachers", x) for x in stage.teachers)]:
+        part = name.removeprefix("model.").split(".")[0] + " (frozen)" * (not p.requires_grad)
         weights[part] = weights.get(part, (0,))[0] + p.numel(), p.requires_grad
-    weights |= {"teachers": (sum(x.numel() for x in teachers), False)} if teachers else {}
-    memory, _ = plan.memory_of(args, weights, {"activations": activations}, args.nproc, DTYPES[args.dtype], len(blocks),
-                               args.memory * 1e9, engine.ENGINES)
-    title = (f"{type(model).__name__}, stage {args.stage}: {args.micro_batch} samples a pass, {len(order)} tokens of a "
-             f"picture of 640 x 480, {args.text_tokens} of text, {longest} at most")
-    flops = {"forward": forward, "backward": counter.get_total_flops() - forward}
-    plan.show(args, title, weights, memory, flops)
+    memory, _ = plan.memory_of(args, weights, {"activations": saved}, args.nproc, DTYPES[args.dtype],
+                               len(stage.blocks), args.memory * 1e9, engine.ENGINES)
+    title = (f"{type(model).__name__}, stage {args.stage}: {args.micro_batch} rows a pass, a picture of 640 x 480 of "
+             f"{n_image} tokens, {args.text_tokens} of text, {most} at most")
+    plan.show(args, title, weights, memory, {"all products": counter.get_total_flops()})
