@@ -217,7 +217,7 @@ class Distillation(Embedder):
 
 
 def distill(args, dist):
-    """-> stages.Stage. Ours: tiles of the CLIP's size, patches of half its side: an image token is one of its patches"""
+    """-> stages.Stage. Ours: tiles of the CLIP's size, patches of half its side: an image token is its patch"""
     llm, text, clip, sizes = stages.new_parts(args)
     n, side = llm.config.vocab_size, sizes["image_size"]
     check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
