@@ -1,4 +1,4 @@
-"""The table of four systems, one row for seconds: search, scores, costs, table, figure. Then nothing is trained again."""
+"""The table of four systems, one row for seconds: search, scores, costs, table, figure; then what was made is kept."""
 import sys
 from types import SimpleNamespace
 
