@@ -32,7 +32,7 @@ from common.pictures import open_image
 from common.sources import SHARD, expand_patterns, list_shard, open_sources
 from common.weights import UserError, inside, parse_json, read_json
 from streams import Streams
-from text import IMG, Text, expand_images, open_text, truncate
+from text import IMG, TEMPLATES, Text, expand_images, open_text, truncate
 from tokenizer import prepare
 
 AT_ONCE = 8                    # shards whose samples are mixed
@@ -376,10 +376,12 @@ def main():
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
     parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of image paths in JSON files")
     parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with its tokenizer and config.json")
+    parser.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: that of --llm, or vicuna")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")
     parser.add_argument("--grid", type=POSITIVE, default=24, metavar="G",
-                        help="a picture has G x G tokens, BOI and EOI; 24 as published, the toy world's 7")
+                        help="a picture has G x G tokens, BOI and EOI; `grid` in the image tokenizer's config.json: 24 "
+                        "as published, 7 in the toy world")
     args = parser.parse_args()
     expand_patterns(args.files)                           # a mistake in the names is reported first
     path, image_tokens = Path(args.llm) / "config.json", args.grid ** 2 + 2
@@ -388,8 +390,9 @@ def main():
         raise UserError(f"{path}: {positions} positions, too few for a picture of {args.grid} x {args.grid} tokens: "
                         "give the image tokenizer's --grid")
     config = SimpleNamespace(image_tokens=image_tokens, max_position_embeddings=positions)
-    builder = SampleBuilder(open_text(path.parent), config, 14, args.max_length)
-    inspect_files(args.files, args.images, builder, args.limit)
+    text = open_text(path.parent)
+    text.use_template(args.template)
+    inspect_files(args.files, args.images, SampleBuilder(text, config, 14, args.max_length), args.limit)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python sft.py                                                           # on the toy world of `make demo`
     torchrun --nproc_per_node=8 sft.py --model runs/pretrain --data llava_v1_5_mix665k.json --images DIR --out runs/sft
 
-Only answers with their </s> count in the loss (Eq. 7, 8). Captions, as pretrain.py reads them, are learned as captions.
+Only answers with their end token count in the loss (Eq. 7, 8). Captions are learned as pretrain.py learns them.
 With --freeze-llm the LLaMA stays as it was, bit for bit.
 """
 import argparse

@@ -6,6 +6,7 @@
 A sequence is two lists: token ids, with IMG for a whole image, and `loss_mask`, 1 where the token is a target of the
 loss. Both grow piece by piece, so the mask never depends on offsets in a string.
 """
+import re
 import shutil
 from itertools import accumulate
 from pathlib import Path
@@ -25,15 +26,18 @@ TEMPLATES = {   # what stands before the first question, before a later one, bet
                "<|start_header_id|>user<|end_header_id|>\n\n",
                "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
     "chatml": ("<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n", "\n<|im_start|>user\n",
-               "<|im_end|>\n<|im_start|>assistant\n")}
-ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}   # of an answer; else </s>
+               "<|im_end|>\n<|im_start|>assistant\n"),
+    "internlm2-chat": ("<|im_start|>system\n{}<|im_end|><|im_start|>user\n", "<|im_start|>user\n",     # InternVL's
+                       "<|im_end|><|im_start|>assistant\n")}
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "internlm2-chat": "<|im_end|>"}      # of an answer; else </s>
 SIGNS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "<<SYS>>"}   # in a chat_template
+SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json"
 
 
 class Text:
     """SentencePiece (LLaMA 1 and 2, Vicuna). The text before an image, after it, and after </s> is encoded each on its
     own. start: the ids that begin a sequence; ends: those that end an answer, `eos` first."""
-    template = "vicuna"
+    template, begins_chat = "vicuna", True                # does `start` stand before a chat too?
 
     def __init__(self, path):
         self.path = check_file(path)
@@ -42,10 +46,9 @@ class Text:
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
         self.start, self.ends = [self.model.bos_id()], [self.model.eos_id()]
-        self.newline, self.blank = self.model.piece_to_id("<0x0A>"), self.model.piece_to_id("▁")
-        self.vocab_size = self.model.vocab_size()
-        bytes_ = self.model.is_byte(self.newline) and self.newline in self._encode("\n")
-        if min(self.start + self.ends) < 0 or not bytes_:
+        self.newline, self.blank = (self._encode("\n") or [0])[-1], self.model.piece_to_id("▁")
+        self.vocab_size, bytes_ = self.model.vocab_size(), self.model.is_byte(self.model.piece_to_id("<0x0A>"))
+        if min(self.start + self.ends) < 0 or not bytes_ or self.model.decode([self.newline]) != "\n":
             raise UserError(f"{path}: expected a LLaMA-style model with <s>, </s>, byte fallback and newlines as they "
                             "are (normalization_rule_name=identity, remove_extra_whitespaces=False)")
 
@@ -53,30 +56,41 @@ class Text:
     def eos(self):
         return self.ends[0]
 
-    def use_template(self, name):
-        """name: of TEMPLATES, or "llm": the LLaMA's own, known by its tokenizer_config.json. -> the name"""
+    def use_template(self, name=None):
+        """name: of TEMPLATES; "llm": the LLaMA's own, known by the files beside the tokenizer; None: what the model's
+        config.json says, else vicuna. -> the name"""
+        folder, jinja = self.path.parent, self.path.with_name("chat_template.jinja")
+        *settings, config = (read_settings(folder, file) for file in (*SETTINGS, "config.json"))
+        written = str([values.get("chat_template") for values in settings])
+        written += jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else ""
+        name = str(name or config.get("chat_template") or config.get("template") or "vicuna")
         if name == "llm":
-            written = str(read_settings(self.path.parent, "tokenizer_config.json").get("chat_template"))
-            jinja = self.path.with_name("chat_template.jinja")
-            written += jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else ""
-            name = next((name for name, sign in SIGNS.items() if sign in written), None)
+            name = next((family for family, sign in SIGNS.items() if sign in written), None)
         if name not in TEMPLATES or name in ENDS and self.id_of(ENDS[name]) is None:
-            raise UserError(f"{self.path.parent}: no chat template of a known family in tokenizer_config.json, or one "
-                            f"whose tokens the tokenizer lacks; known: {', '.join(SIGNS)}. Leave out --template llm")
-        self.template = name
+            raise UserError(f"{folder}: no chat template of a known family is there, or its tokens are not in the "
+                            f"tokenizer; known: {', '.join(TEMPLATES)}. Give another --template, or none")
+        self.template, self.begins_chat = name, name != "chatml" or "bos_token" in written
         if name in ENDS:
-            end = self.id_of(ENDS[name])
-            self.ends = [end, *(other for other in self.ends if other != end)]
+            self.ends = list(dict.fromkeys([self.id_of(ENDS[name]), *self.ends]))
         return name
 
     def id_of(self, token):
-        """Of a control token -> id or None"""
+        """Of a control token -> id or None. tokenizer_config.json may have named a spare piece anew (InternLM2)."""
+        added = read_settings(self.path.parent, SETTINGS[0]).get("added_tokens_decoder")
+        for found, entry in added.items() if isinstance(added, dict) else ():
+            if isinstance(entry, dict) and entry.get("content") == token and found.isdecimal():
+                return int(found) if int(found) < self.vocab_size else None
         found = self.model.piece_to_id(token)
         return found if self.model.is_control(found) else None
 
-    def _encode(self, text):
-        """Control tokens written in the text (<s>, </s>) stay text; lone surrogates become '?'."""
-        return self.model.encode(text.encode("utf-8", "replace").decode("utf-8"))
+    def _encode(self, text, control=False):
+        """Control tokens written in the text (<s>, </s>) stay text, unless `control`, which templates need. Lone
+        surrogates become '?'."""
+        ids = []
+        for part in re.split(r"(<\|\w+\|>)", text) if control else [text]:
+            token = self.id_of(part) if part.startswith("<|") and control else None
+            ids += self.model.encode(part.encode("utf-8", "replace").decode("utf-8")) if token is None else [token]
+        return ids
 
     def _after_image(self, text):
         """The newline token that follows an EOI, and the text without a '▁' of its own"""
@@ -84,14 +98,19 @@ class Text:
         return ids[1:] if ids[0] == self.blank else ids
 
     def _turn(self, opening, question, closing, n_images):
-        """A turn up to its answer"""
-        if not n_images:
-            return self._encode(opening + question + closing)
-        images = [IMG, self.newline] * (n_images - 1) + [IMG]
-        return self._encode(opening.rstrip(" ")) + images + self._after_image(question + closing)
+        """A turn up to its answer. The question is encoded with the words before it, whose newline may join its own;
+        control tokens that it spells stay text."""
+        marked = self.template in ENDS                    # the template begins and ends its turns with control tokens
+        before, mark, role = opening.rpartition("|>") if marked else ("", "", opening)
+        text, closing = (question, closing) if marked else (question + closing, "")
+        words = self._encode(role + text) if not n_images else (
+            self._encode(role.rstrip(" ")) + [IMG, self.newline] * (n_images - 1) + [IMG] + self._after_image(text))
+        return self._encode(before + mark, control=True) + words + self._encode(closing, control=True)
 
     def _answer(self, answer):
-        """-> the part of the template, ids of the answer. A '▁' that is a token of its own belongs to the template."""
+        """-> ids that belong to the template, so are no targets (a '▁' that is its own token); ids of the answer"""
+        if self.template in ENDS:
+            return [], self._after_image(answer)[1:]
         ids = self._encode(f"{answer} ")
         return ([self.blank], ids[1:]) if ids[0] == self.blank else ([], ids)
 
@@ -103,35 +122,31 @@ class Text:
         """<s> [IMG] newline caption </s>, or for text to image <s> caption newline [IMG] (Sec. 3.3, 4.3), with `most`
         tokens of the caption at most. A caption that is cut has no </s>. -> ids, loss_mask"""
         words = self._after_image(caption)[1:] if image_first else self._encode(caption)
-        end = [self.eos] if end and image_first and (most is None or len(words) <= most) else []
-        words, start = words[:most] + end, [0] * len(self.start)
+        whole, no_targets = most is None or len(words) <= most, [0] * len(self.start)
+        words = words[:most] + [self.eos] * bool(end and image_first and whole)
         if image_first:
-            return self.start + [IMG, self.newline] + words, start + [1, 0] + [1] * len(words)
-        loss_mask = start + [1] * len(words) + [0, 1]     # the first of all tokens is never a target
+            return self.start + [IMG, self.newline] + words, no_targets + [1, 0] + [1] * len(words)
+        loss_mask = no_targets + [1] * len(words) + [0, 1]    # the first of all tokens is never a target
         return self.start + words + [self.newline, IMG], [0] + loss_mask[1:]
 
     def chat(self, turns, system=SYSTEM):
         """The template (Eq. 7) over turns (question, number of images, answer); an answer None is left open. Only
-        answers with their </s> are counted (Eq. 8). -> ids, loss_mask"""
+        answers with their end token are counted (Eq. 8). -> ids, loss_mask"""
         first, later, closing = TEMPLATES[self.template]
-        ids = [] if self.template == "chatml" else list(self.start)
+        ids = list(self.start) if self.begins_chat else []
         loss_mask = [0] * len(ids)
-
-        def add(piece, label=0):
-            ids.extend(piece)
-            loss_mask.extend([label] * len(piece))
-
         for turn, (question, n_images, answer) in enumerate(turns):
-            opening = first.format(system) if turn == 0 and system else later
+            opening = later if turn else first.format(system) if system else later.lstrip("\n")   # which ends an answer
             if self.template == "llama3":                 # as its own template does
                 question, answer = question.strip(), answer if answer is None else answer.strip()
+            prompt, target = self._turn(opening, question, closing, n_images), []
             if turn and self.template == "llama2":        # every turn begins with <s>
-                add(self.start)
-            add(self._turn(opening if turn else opening.lstrip("\n"), question, closing, n_images))
+                prompt = self.start + prompt
             if answer is not None:
-                of_template, piece = self._answer(answer)
-                add(of_template)
-                add(piece + [self.eos], 1)
+                of_template, words = self._answer(answer)
+                prompt, target = prompt + of_template, words + [self.eos]
+            ids += prompt + target
+            loss_mask += [0] * len(prompt) + [1] * len(target)
         return ids, loss_mask
 
     def decode(self, ids):
@@ -148,18 +163,20 @@ class Text:
         return self.model.id_to_piece(token).replace("▁", " ")
 
     def save(self, folder):
-        """Copy the files that were read into a model folder."""
-        for name in (self.path.name, *SETTINGS, "chat_template.jinja"):
+        """Copy the files that were read into a model folder, and remove those that another tokenizer has left there."""
+        for name in ("tokenizer.model", "tokenizer.json", *SETTINGS, "chat_template.jinja"):
             old, new = self.path.with_name(name), Path(folder) / name
-            if old.is_file() and old.resolve() != new.resolve():
+            if old.is_file():
                 with replaced(new) as draft:
                     shutil.copyfile(old, draft)
+            else:
+                new.unlink(missing_ok=True)
 
 
 class BytePairText(Text):
     """tokenizer.json with byte-level BPE (Llama 3, SmolLM2, Qwen 2.5), read by the package tokenizers. Behind an image
-    stands the token of a newline alone; a space after it stays with the next word. A model without a BOS begins with
-    its first token. An answer begins with the template's space and ends without one."""
+    stands the token of a newline alone; a space after it stays with the next word. Without a BOS `start` is empty. An
+    answer begins with the template's space and ends without one."""
 
     def __init__(self, path):
         import tokenizers
@@ -173,25 +190,21 @@ class BytePairText(Text):
         self.vocab_size = 1 + max(self.model.get_vocab().values(), default=-1)
         newline = self._encode("\n")
         if len(newline) != 1 or self.model.decode(newline) != "\n":
-            raise UserError(f"{path}: expected byte-level BPE with a token for a newline; a SentencePiece model is "
-                            "read from its tokenizer.model")
+            raise UserError(f"{path}: expected byte-level BPE with a token for a newline and add_prefix_space false; a "
+                            "SentencePiece model is read from its tokenizer.model")
         self.newline, self.start, self.ends = newline[0], self.special("bos")[:1], self.special("eos")
         if not self.ends:
             raise UserError(f"{path}: no end token; expected eos_token in the tokenizer_config.json beside it")
 
     def special(self, name):
         """Ids of the bos or eos token, by the first file that names it; for eos also those of generation_config.json"""
-        files, found = [read_settings(self.path.parent, file) for file in SETTINGS], []
-        for settings in [s for s in files[:2] if f"{name}_token" in s][:1]:
-            token = settings[f"{name}_token"]
-            token = token.get("content") if isinstance(token, dict) else token
-            found = [] if token is None else [self.id_of(str(token))]
-            if name == "bos":
-                return self.known(found, name)
-        more = files[2].get(f"{name}_token_id")
-        return self.known(found + [i for i in (more if isinstance(more, list) else [more]) if i is not None], name)
-
-    def known(self, ids, name):
+        files = [read_settings(self.path.parent, file) for file in SETTINGS]
+        named = [settings[f"{name}_token"] for settings in files[:2] if f"{name}_token" in settings][:1]
+        tokens = [token.get("content") if isinstance(token, dict) else token for token in named]
+        ids = [self.id_of(str(token)) for token in tokens if token is not None]
+        if name == "eos" or not named:
+            more = files[2].get(f"{name}_token_id")
+            ids += [i for i in (more if isinstance(more, list) else [more]) if i is not None]
         if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
             raise UserError(f"{self.path.parent}: the {name} token is not in tokenizer.json: the files beside it are "
                             "another tokenizer's")
@@ -201,18 +214,11 @@ class BytePairText(Text):
         return self.model.token_to_id(token)
 
     def _encode(self, text, control=False):
-        """control: control tokens written in the text are tokens, as templates need them"""
         self.model.encode_special_tokens = not control
         return self.model.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False).ids
 
     def _after_image(self, text):
         return [self.newline] + self._encode(text)
-
-    def _turn(self, opening, question, closing, n_images):
-        head = opening.rstrip(" ")
-        space = "" if n_images else opening[len(head):]
-        return (self._encode(head, control=True) + [IMG, self.newline] * n_images + self._encode(space + question)
-                + self._encode(closing, control=True))
 
     def _answer(self, answer):
         return [], self._encode(answer if self.template in ENDS else " " + answer)
@@ -222,9 +228,6 @@ class BytePairText(Text):
 
     def piece(self, token):
         return self.model.decode([token], skip_special_tokens=False)
-
-
-SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
 
 def read_settings(folder, name):
@@ -252,8 +255,8 @@ def open_text(folder):
 def truncate(ids, loss_mask, max_length, image_tokens):
     """Cut a sequence at its right to max_length positions, never through an image"""
     lengths = accumulate(image_tokens if token == IMG else 1 for token in ids)
-    end = sum(length <= max_length for length in lengths)
-    return ids[:end], loss_mask[:end]
+    n_kept = sum(length <= max_length for length in lengths)
+    return ids[:n_kept], loss_mask[:n_kept]
 
 
 def expand_images(ids, loss_mask, images, config):

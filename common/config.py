@@ -22,7 +22,7 @@ IGNORED = """architectures torch_dtype dtype transformers_version auto_map token
     use_cache is_decoder return_dict use_return_dict output_attentions output_hidden_states attn_implementation
     max_window_layers gradient_checkpointing use_flash_attention max_sequence_length max_length min_length do_sample
     num_beams top_k top_p num_beam_groups temperature typical_p repetition_penalty length_penalty
-    num_return_sequences"""
+    num_return_sequences chat_template"""
 # Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook.
 LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_res_blocks": 0, "select_layers": 0,
          "codebook_size": 2, "vision_vocab_size": 3}

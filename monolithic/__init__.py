@@ -18,8 +18,7 @@ def open_model(args, device):
     kind = ("hovle", "HoVLE") if "embedding_config" in values else KINDS.get(str(values.get("model_type")))
     if kind is None:
         return Libra.from_pretrained(args.model, dtype=dtype, device=device).eval()
-    module, name = kind
-    cls = getattr(importlib.import_module(f"monolithic.{module}"), name)
+    cls = getattr(importlib.import_module(f"monolithic.{kind[0]}"), kind[1])
     model = cls.from_pretrained(args.model, dtype, device).eval()
     if model.text is None:
         raise UserError(f"{args.model}: no tokenizer.model or .json in it; without one this model takes ids only")

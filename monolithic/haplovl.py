@@ -9,7 +9,6 @@ best after a run on captions with --freeze-llm (ours): what the pre-decoder hand
 """
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from common.weights import UserError, read_json, shapes_only
 from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
 from model import cross_entropy
 from monolithic import shared, stages
-from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -127,6 +125,7 @@ class PreDecoder(nn.Module):
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
     generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read_config, from_pretrained = staticmethod(read_config), classmethod(shared.from_pretrained)
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -140,13 +139,6 @@ class HaploVL(PreDecoder):
         (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
         x = self.model.pre_connector(x)
         return self.model.norm(shared.run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
-        with shapes_only():
-            model = cls(*read_config(Path(folder) / "config.json"))
-        return shared.load(model, llama.read_llama_tensors(folder, model.base, dtype), folder, device)
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""
@@ -177,7 +169,8 @@ class Distillation(PreDecoder):
         seen = self.vision_head(x.flatten(0, 1)[batch.image_index[is_patch]])
         vision = 1 - F.cosine_similarity(seen.float(), features[batch.order[is_patch]].float(), dim=-1)
         head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
-        return vision.sum(), cross_entropy(head, x[batch.loss_mask], batch.ids[batch.loss_mask])
+        where = batch.loss_mask.nonzero(as_tuple=True)    # as in shared.next_token_loss
+        return vision.sum(), cross_entropy(head, x[where], batch.ids[where])
 
     def save_pretrained(self, folder, tensors=None):
         """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: <image> has a row of zeros in lm_head."""
@@ -192,20 +185,21 @@ class Distillation(PreDecoder):
         model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})
 
 
-def new_configs(llm, clip, aspect_ratio):
-    """base: the LLaMA's sizes, <image> as one id more. pre (ours): the sizes of the CLIP that it is distilled from"""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    both = {"vocab_size": llm.vocab_size + 1, "image_token_index": llm.vocab_size, "patch_size": clip["patch_size"],
-            "default_image_size": clip["image_size"], "image_aspect_ratio": aspect_ratio}
-    pre = {name: clip[name] for name in names} | {"num_key_value_heads": 0, "rms_norm_eps": clip["layer_norm_eps"],
-                                                  "norm_mode": "layernorm", "attention_rope": True}
-    return HalfConfig(**asdict(llm) | both | {"head_dim": 0, "tie_word_embeddings": False}), HalfConfig(**both | pre)
-
-
-def distill(args, dist):
-    """-> the model of stage 1, its loss"""
+def build(args, dist):
+    """-> stages.Stage. Ours: a new pre-decoder has the sizes of the CLIP that it is distilled from"""
+    if args.stage == 2:
+        model = stages.trained_before(args, "haplovl", HaploVL)
+        for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
+            part.requires_grad_(not args.freeze_llm)
+        return stages.Stage(model, model.model.layers)
     llm, text, clip, sizes = stages.new_parts(args)
-    base, pre = new_configs(llm.config, sizes, args.image_aspect_ratio or "anyres_max_6")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    both = {"vocab_size": llm.config.vocab_size + 1, "image_token_index": llm.config.vocab_size,
+            "patch_size": sizes["patch_size"], "default_image_size": sizes["image_size"],
+            "image_aspect_ratio": args.image_aspect_ratio or "anyres_max_6"}
+    base = HalfConfig(**asdict(llm.config) | both | {"head_dim": 0, "tie_word_embeddings": False})
+    pre = HalfConfig(**both | {name: sizes[name] for name in names}, num_key_value_heads=0, norm_mode="layernorm",
+                     rms_norm_eps=sizes["layer_norm_eps"], attention_rope=True)
     model = Distillation(base, pre, sizes["hidden_size"])
     model.text = text
     table, clip = llm.model.embed_tokens.weight.to(dist.device, dist.dtype), clip.to(dist.device, dist.dtype)
@@ -214,7 +208,7 @@ def distill(args, dist):
         with torch.no_grad():                             # ours: the last layer but one, as LLaVA
             features = clip.hidden_states(batch.tiles.to(dist.dtype), -1)[-1][:, 1:].flatten(0, 1)
         return dict(zip(("vision", "text"), wrapped(batch, features, table)))     # ours: all tokens count alike
-    return model, loss
+    return stages.Stage(model, model.model.layers, loss, every_token=True, teachers=[*clip.parameters(), table])
 
 
 def main():
@@ -224,16 +218,7 @@ def main():
                         help="stage 1: a picture is up to 6 tiles (None: this), or one square")
     parser.add_argument("--freeze-llm", action="store_true",
                         help="stage 2 on captions, before it trains all: pre-decoder and connector learn (ours)")
-    args, dist = stages.start(parser, "image_aspect_ratio")
-    if args.stage == 1:
-        model, loss = distill(args, dist)
-        stages.fit(args, dist, model, model.model.layers, loss, every_token=True)
-    else:
-        model = stages.trained_before(args, "haplovl", HaploVL)
-        for part in (model.model.layers[model.pre.num_hidden_layers:], model.model.norm, model.lm_head):
-            part.requires_grad_(not args.freeze_llm)
-        args.frozen = fingerprint(model)
-        stages.fit(args, dist, model, model.model.layers)
+    stages.run_stage(parser, build, "image_aspect_ratio")
 
 
 if __name__ == "__main__":

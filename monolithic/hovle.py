@@ -8,7 +8,7 @@ Stage 1 distils the module, stage 2 trains it alone on the next token, stage 3 t
 leaves open. Letters: B rows, L positions, C width of both halves, g patches of a tile's side, n tiles of a batch.
 """
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,9 @@ from torch import nn
 import tokenizer
 from common.cli import POSITIVE, run
 from common.config import check_divisible, make_config, read_rope
-from common.weights import UserError, read_folder, read_json, shapes_only
+from common.weights import UserError, read_json
 from llama import Block, Linear, Llama, LlamaConfig
 from monolithic import internlm2, shared, stages
-from training.checkpoints import fingerprint
 
 # ImageNet's; fields of config.json with the only value under which a model is the one computed here
 MEAN, STD = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
@@ -157,7 +156,8 @@ class Embedder(nn.Module):
 
 
 class HoVLE(Embedder):
-    generate, forward = shared.generate, shared.next_token_loss
+    generate, forward, read_config = shared.generate, shared.next_token_loss, staticmethod(read_config)
+    from_pretrained = classmethod(partial(shared.from_pretrained, unpack=internlm2.unpack))
 
     def __init__(self, base, pre):
         super().__init__(base, pre)
@@ -177,14 +177,6 @@ class HoVLE(Embedder):
     def row_lengths(self, rows):
         longer = 3 * (self.pre.pixel_shuffle_loc == "post")
         return [[len(row) + longer * row.count(self.pre.image_token_index) for row in rows], [len(row) for row in rows]]
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
-        with shapes_only():
-            model = cls(*read_config(Path(folder) / "config.json"))
-        tensors = internlm2.unpack(read_folder(folder, dtype), model.config_of, folder)
-        return shared.load(model, tensors, folder, device)
 
 
 # ---------------------------------------------------------------- stage 1: distillation; 2: the module; 3: all
@@ -225,8 +217,7 @@ class Distillation(Embedder):
 
 
 def distill(args, dist):
-    """-> the model of stage 1, its loss. Ours: tiles of the CLIP's size in patches of half its side, so that an image
-    token is one patch of the CLIP"""
+    """-> stages.Stage. Ours: tiles of the CLIP's size, patches of half its side: an image token is its patch"""
     llm, text, clip, sizes = stages.new_parts(args)
     n, side = llm.config.vocab_size, sizes["image_size"]
     check_divisible(sizes["patch_size"], 2, "a patch of the module has half the side of the CLIP's")
@@ -247,13 +238,28 @@ def distill(args, dist):
             pixels = (rgb - tokenizer.MEAN.to(rgb)) / tokenizer.STD.to(rgb)
             features = clip.hidden_states(pixels.to(dist.dtype), -1)[-1][:, 1:]
         return dict(zip(("vision", "text"), wrapped(batch, features, table)))
-    return model, loss
+    return stages.Stage(model, model.embedding_model.encoder, loss, count_rows, shared.UnpairedBuilder, True,
+                        [*clip.parameters(), table])
 
 
 def count_rows(batch):
     """Of a batch of stage 1: rows with text and with pictures, which are what its losses are sums over"""
     rows = (batch.image_index // batch.ids.shape[1]).unique()
     return batch.counts() | {"text": int(batch.loss_mask.any(1).sum()), "vision": len(rows)}
+
+
+def build(args, dist):
+    """As distill, of any stage"""
+    if args.stage == 1:
+        stage = distill(args, dist)
+    else:
+        model = stages.trained_before(args, "hovle", HoVLE)
+        llm = model.language_model.requires_grad_(args.stage == 3)
+        llm.model.embed_tokens.requires_grad_(False)
+        stage = stages.Stage(model, [*model.embedding_model.encoder, *llm.model.layers])
+    pre = stage.model.pre                                 # its row is longer in "post"
+    args.max_length = min(args.max_length, pre.max_position_embeddings // (4 if pre.pixel_shuffle_loc == "post" else 1))
+    return stage
 
 
 def main():
@@ -263,17 +269,7 @@ def main():
     for name, meaning in (("--module-layers", "of the module; None: 8"), ("--tiles", "most of a row; None: 6")):
         parser.add_argument(name, type=POSITIVE, metavar="N", help=f"stage 1: {meaning}")
     parser.add_argument("--pixel-shuffle-loc", choices=("pre", "post"), help="stage 1: post is HoVLE-HD; None: pre")
-    args, dist = stages.start(parser, "module_layers", "tiles", "pixel_shuffle_loc")
-    model, loss = distill(args, dist) if args.stage == 1 else (stages.trained_before(args, "hovle", HoVLE), None)
-    longer = 4 if model.pre.pixel_shuffle_loc == "post" else 1                                # the row of the module
-    args.max_length = min(args.max_length, model.pre.max_position_embeddings // longer)
-    if args.stage == 1:
-        stages.fit(args, dist, model, model.embedding_model.encoder, loss, count_rows, shared.UnpairedBuilder, True)
-    else:
-        llm = model.language_model.requires_grad_(args.stage == 3)
-        llm.model.embed_tokens.requires_grad_(False)
-        args.frozen = fingerprint(model)
-        stages.fit(args, dist, model, [*model.embedding_model.encoder, *llm.model.layers])
+    stages.run_stage(parser, build, "module_layers", "tiles", "pixel_shuffle_loc")
 
 
 if __name__ == "__main__":

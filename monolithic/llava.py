@@ -1,23 +1,16 @@
-"""A LLaVA-like model, with a vision encoder, to compare the others with: CLIP, an MLP of two layers, a LLaMA.
-
-    python -m monolithic.llava --stage 1 --llm vicuna-7b-v1.5 --clip clip-vit-large-patch14-336 --out runs/llava-1
-    python -m monolithic.llava --stage 2 --model runs/llava-1 --data llava_v1_5_mix665k.json --images DIR
-
-Stage 1 trains the MLP alone, stage 2 all, CLIP too (LLaVA-1.5 keeps it as it is).
+"""A LLaVA-like model, with a vision encoder, to compare the others with: CLIP, an MLP of two layers, a LLaMA. Stage 1
+trains the MLP alone, stage 2 all, CLIP too (LLaVA-1.5 keeps it as it is). The commands are those of haplovl.py.
 """
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.cli import run
 from common.config import make_config
-from common.weights import assign, read_folder, read_json, shapes_only
 from llama import Linear, Llama, LlamaConfig
 from monolithic import shared, stages
 from tokenizer import ClipConfig, ClipViT, prepare
-from training.checkpoints import fingerprint
 
 
 @dataclass
@@ -38,6 +31,8 @@ class LlavaConfig(LlamaConfig):
 
 class Llava(Llama):
     generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read_config = staticmethod(lambda path: [LlavaConfig.from_file(path)])
+    from_pretrained = classmethod(shared.from_pretrained)
 
     def __init__(self, config):
         super().__init__(config)
@@ -55,36 +50,30 @@ class Llava(Llama):
             x = shared.insert(x, batch.image_index, m.mm_projector(features).flatten(0, 1))
         return m.norm(shared.run_layers(x, m.layers, self.config, caches[0], None, self.checkpoint_activations))
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        with shapes_only():
-            model = cls(make_config(LlavaConfig, read_json(path := Path(folder) / "config.json"), path))
-        return shared.load(model, read_folder(folder, dtype), folder, device)
-
     def save_pretrained(self, folder, tensors=None):
         shared.save_folder(folder, tensors or self.state_dict(), self.text, asdict(self.config))
 
 
-def new_model(args):
-    llm, text, clip, sizes = stages.new_parts(args)
-    new = {"clip": sizes, "image_token_index": llm.config.vocab_size, "tie_word_embeddings": False}
-    with shapes_only():
+def build(args, _):
+    """-> stages.Stage"""
+    if args.stage == 1:
+        llm, text, clip, sizes = stages.new_parts(args)
+        new = {"clip": sizes, "image_token_index": llm.config.vocab_size, "tie_word_embeddings": False}
         model = Llava(LlavaConfig(**asdict(llm.config) | new))
-    model.model.mm_projector.to_empty(device="cpu").apply(shared.initialise)
-    model.model["vision_tower"], model.text = clip, text
-    assign(model, model.state_dict() | {name: x.clone() for name, x in llm.state_dict().items()}, args.llm)
-    return model
-
-
-def main():
-    parser = stages.options(__doc__, "llava", [("the MLP", "captions/*.tar", 1e-3), ("all", "chats/chat.json", 2e-5)])
-    args, dist = stages.start(parser)
-    model = new_model(args) if args.stage == 1 else stages.trained_before(args, "llava", Llava)
+        model.load_state_dict(llm.state_dict(), strict=False)
+        model.model.mm_projector.apply(shared.initialise)
+        model.model["vision_tower"], model.text = clip, text
+    else:
+        model = stages.trained_before(args, "llava", Llava)
     m, clip = model.requires_grad_(args.stage == 2).model, model.model.vision_tower
     m.mm_projector.requires_grad_()
     nn.ModuleList([clip.encoder.layers[-1], clip.post_layernorm]).requires_grad_(False)      # unused
-    args.frozen = fingerprint(model)
-    stages.fit(args, dist, model, [*clip.encoder.layers, *m.layers])
+    return stages.Stage(model, [*clip.encoder.layers, *m.layers])
+
+
+def main():
+    stages.run_stage(stages.options(__doc__, "llava", [
+        ("the MLP", "captions/*.tar", 1e-3), ("all", "chats/chat.json", 2e-5)]), build)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from common.pictures import open_image
 from common.sampling import Sampler, Step
-from common.weights import UserError, assign, save_tensors, write_json
+from common.weights import UserError, assign, save_tensors, shapes_only, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, causal_attention, linear, rope_tables
+from llama import Attention, KVCache, causal_attention, linear, read_llama_tensors, rope_tables
 from model import cross_entropy
 from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
@@ -301,7 +301,7 @@ def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
 def next_token_loss(model, batch, weights=None):
     """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of the
     targets; divide by the sum of weights[:, 1:], where tokens that are no targets count too"""
-    where = batch.loss_mask[:, 1:]
+    where = batch.loss_mask[:, 1:].nonzero(as_tuple=True)     # not bool: stages.show_plan knows shapes only
     hidden, targets = model.hidden(batch.ids, batch)[:, :-1][where], batch.ids[:, 1:][where]
     if weights is None:
         return cross_entropy(model.lm_head, hidden, targets)
@@ -318,11 +318,16 @@ def answer_loss(model, ids, loss_mask, picture):
     return next_token_loss(model, batch.to(model.lm_head.weight.device)) / batch.loss_mask.sum()
 
 
-def load(model, tensors, folder, device):
-    """Into a model built by shapes_only; with the folder's text, if it has a tokenizer. -> the model"""
-    assign(model, tensors, folder)
+def from_pretrained(cls, folder, dtype=None, device="cpu", unpack=None):
+    """A released folder, or one of ours, which has the tokenizer too. dtype: as stored unless given.
+    cls.read_config(path) -> what cls takes; unpack(tensors, model.config_of, folder): from the files' names to ours"""
+    with shapes_only():
+        model = cls(*cls.read_config(Path(folder) / "config.json"))
+    tensors = read_llama_tensors(folder, model.halves[-1], dtype)
+    assign(model, unpack(tensors, model.config_of, folder) if unpack else tensors, folder)
     if any((Path(folder) / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         model.text = open_text(folder)
+        model.text.use_template()
     return model.to(device)
 
 
@@ -330,8 +335,8 @@ SHARD_BYTES = 5e9                                         # the most of one file
 
 
 def save_folder(folder, tensors, text, config):
-    """A model folder: config.json, the tokenizer, and model.safetensors or its shards with their index. tensors: of
-    all processes"""
+    """A model folder: config.json with the chats' template, the tokenizer, and model.safetensors or its shards with
+    their index. tensors: of all processes"""
     folder, shards, size = Path(folder), [{}], 0
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
@@ -350,6 +355,7 @@ def save_folder(folder, tensors, text, config):
     (whole if len(shards) > 1 else index).unlink(missing_ok=True)     # of an earlier, smaller or larger model
     if text:
         text.save(folder)
+        config = config | {"chat_template": text.template}
     write_json(folder / "config.json", config)
 
 

@@ -1,15 +1,25 @@
 """The commands of this folder: their options, what a first stage starts from, the trainers' loop."""
 import argparse
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
-from common.cli import POSITIVE, TOY, Help, require_path
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import DTYPES, POSITIVE, TOY, Help, require_path
 from common.weights import UserError, assign, shapes_only
-from llama import Llama
+from llama import Llama, LlamaConfig
 from monolithic import shared
 from pretrain import train
-from text import open_text
+from text import IMG, TEMPLATES, open_text
 from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
-from training import engine
+from training import engine, plan
 from training.checkpoints import fingerprint
 
 
@@ -26,29 +36,56 @@ def options(doc, name, stages):
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
     g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
     g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
+    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: the model's, at first vicuna")
     _, data, lr = stages[stage - 1]
     engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
-                       steps=30_000, warmup=900, batch=128, lr=lr)            # the recipe is ours
+                       steps=30_000, warmup=900, batch=128, lr=lr, text=300 if "chat" in data else 50)       # ours
     return parser
 
 
-def start(parser, *stage_1):
-    """stage_1: names of the options that, as --llm and --clip, shape a new model -> args, dist"""
+class Stage(NamedTuple):
+    """What the trainers' loop takes, see pretrain.train"""
+    model: torch.nn.Module
+    blocks: list                                          # its layers
+    loss: Callable = lambda wrapped, batch: {"text": wrapped(batch)}
+    counts: Callable = shared.Batch.counts
+    builder: type = shared.ChatBuilder                    # of samples
+    every_token: bool = False                             # see ChatBuilder
+    teachers: list = ()                                   # frozen tensors beside the model
+
+
+def run_stage(parser, build, *stage_1):
+    """stage_1: names of the options that, as --llm and --clip, shape a new model. build(args, dist) -> Stage; under
+    --plan all its tensors have shapes and no content."""
     args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
-    if args.plan:
-        raise UserError("--plan counts Libra's parts only")
     if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
         words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
         raise UserError(f"{words} belong to stage 1, --model to the later ones")
+    if args.plan:
+        plan.fill_in(args)
+        torch.set_default_dtype(dtype := DTYPES[args.dtype])      # .to() fails on fake weights
+        with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.nn.Module.to", lambda module, *_: module):
+            stage = build(args, engine.Dist(0, 1, torch.device("cpu"), dtype))
+        torch.set_default_dtype(torch.float32)
+        return show_plan(args, stage)
     dist = engine.setup(args)
     args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
-    return args, dist
+    model, blocks, loss, counts, builder, every_token, teachers = build(args, dist)
+    args.frozen = args.frozen if teachers else fingerprint(model)
+    model.checkpoint_activations = args.checkpoint_activations
+    samples = builder(model.text, model.halves[-1], args.max_length, args.seed, every_token)
+    train(args, dist, model, samples, loss, counts, blocks)
 
 
 def new_parts(args):
     """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    llm, text, sizes = Llama.from_pretrained(folder), open_text(folder), read_clip_sizes(clip_folder)
+    sizes = read_clip_sizes(clip_folder)
+    if args.plan:
+        llm = Llama(LlamaConfig.from_file(folder / "config.json")).requires_grad_(False)
+        return llm, None, ClipViT(**sizes).requires_grad_(False), sizes
+    llm, text = Llama.from_pretrained(folder), open_text(folder)
+    text.use_template(args.template)
     with shapes_only():
         clip = ClipViT(**sizes)
     assign(clip, read_clip_weights(clip_folder), clip_folder)
@@ -59,14 +96,48 @@ def new_parts(args):
 def trained_before(args, name, cls):
     """Later stages -> the model of the stage before"""
     folder = Path(require_path(args.model or TOY / f"{name}-{args.stage - 1}"))
+    if args.plan:
+        return cls(*cls.read_config(folder / "config.json"))
     model = cls.from_pretrained(folder)
     model.text = open_text(folder)
+    model.text.use_template(args.template)
     return model
 
 
-def fit(args, dist, model, blocks, loss=lambda wrapped, batch: {"text": wrapped(batch)}, counts=shared.Batch.counts,
-        build=shared.ChatBuilder, every_token=False):
-    """The trainers' loop over samples of `build`; see pretrain.train"""
+# ---------------------------------------------------------------- --plan
+
+@contextmanager
+def counted_flops():
+    """torch's counter. It knows no fused attention of a CPU, and under it torch cannot make a CausalBias."""
+    mask = patch.object(shared, "causal_lower_right", lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n))
+    with mask, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def show_plan(args, stage):
+    """See training/plan.py. The model's tensors have no content, and the whole of it runs. Not counted: what --compile
+    saves, the layer that is recomputed."""
+    model, config, weights = stage.model, stage.model.halves[-1], {}
+    picture = config.prepare(Image.new("RGB", (640, 480)), 1)
+    n_image, most = len(picture[1]), min(args.max_length, config.max_position_embeddings)
+    if n_image + 4 > most:                                # <s>, two edges, a word
+        raise UserError(f"a picture of 640 x 480 has {n_image} tokens, a row {most}: give a larger --max-length")
+
+    def run_pass(n_rows, n_text):                         # all of the text counts
+        ids, labels, _ = shared.spell_out([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
+                                          config.image_token_index, edges=config.edges)
+        batch = shared.Batch.build(*shared.pad([ids] * n_rows), [picture] * n_rows, config,
+                                   torch.tensor([labels] * n_rows).bool())
+        return sum(stage.loss(model, batch).values())
+    with counted_flops() as counter:
+        run_pass(1, min(args.text_tokens, most - n_image - 3)).backward()
     model.checkpoint_activations = args.checkpoint_activations
-    builder = build(model.text, model.halves[-1], args.max_length, args.seed, every_token)
-    train(args, dist, model, builder, loss, counts, blocks)
+    saved = plan.saved_bytes(model.parameters(), lambda: run_pass(args.micro_batch, most - n_image - 3))
+    for name, p in [*model.named_parameters(), *(("teachers", x) for x in stage.teachers)]:
+        part = name.removeprefix("model.").split(".")[0] + " (frozen)" * (not p.requires_grad)
+        weights[part] = weights.get(part, (0,))[0] + p.numel(), p.requires_grad
+    memory, _ = plan.memory_of(args, weights, {"activations": saved}, args.nproc, DTYPES[args.dtype],
+                               len(stage.blocks), args.memory * 1e9, engine.ENGINES)
+    title = (f"{type(model).__name__}, stage {args.stage}: {args.micro_batch} rows a pass, a picture of 640 x 480 of "
+             f"{n_image} tokens, {args.text_tokens} of text, {most} at most")
+    plan.show(args, title, weights, memory, {"all products": counter.get_total_flops()})

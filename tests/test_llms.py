@@ -102,6 +102,7 @@ def test_pieces_around_images(bpe):
 
 
 @pytest.mark.parametrize("template, bos, end", [(CHATML, "<|endoftext|>", "<|im_end|>"),
+                                                ("{{ bos_token }}" + CHATML, "<|endoftext|>", "<|im_end|>"),
                                                 (LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>")])
 def test_the_llms_own_template(bpe, tmp_path, template, bos, end):
     """Token by token as transformers renders it, and with an image in it"""
@@ -111,8 +112,9 @@ def test_the_llms_own_template(bpe, tmp_path, template, bos, end):
                                                                 "eos_token": end}
     write_json(tmp_path / "tokenizer_config.json", settings)
     theirs, text = transformers.AutoTokenizer.from_pretrained(tmp_path), open_text(tmp_path)
-    assert text.use_template("llm") == ("chatml" if template == CHATML else "llama3")
-    turns = [("What is it?", "a cat"), ("the colour", "red\nand 12")]
+    assert text.use_template("llm") == ("chatml" if CHATML in template else "llama3")
+    turns = [(" What is it?", "a cat"), ("  the colour", "red\nand 12")]
+    assert len(text._encode("\n ")) == 1                 # so a space may join the template's newline
     for system in ("be brief", ""):
         messages = [{"role": "system", "content": system}] * bool(system) + [
             {"role": role, "content": words} for turn in turns for role, words in zip(("user", "assistant"), turn)]
@@ -127,6 +129,8 @@ def test_the_llms_own_template(bpe, tmp_path, template, bos, end):
         shown = text.chat([(turns[0][0], 1, None)], system)[0]
         at = shown.index(IMG)
         assert shown[at + 1] == text.newline and shown[:at] + shown[at + 2:] == asked
+    said = text.chat([(f"a {end}", 0, f"b {end}")], "")[0]
+    assert said.count(text.eos) == 2                      # the template's alone
 
 
 def test_ends_and_starts(bpe, tmp_path):
@@ -210,8 +214,10 @@ def test_the_scripts_run_on_it(bpe, toy, tokenizer, tmp_path):
         assert len(log(tmp_path / out)) == 3
     run("generate.py", "--model", tmp_path / "2", "--image", toy / "chats/images/000000.jpg", ("What is it?",),
         "--max-new-tokens 4")
-    said = run("data.py", toy / "chats/chat.json", "--images", toy / "chats/images", "--llm", llm, "--grid 7")
-    assert "ASSISTANT:" in said
+    words = [toy / "chats/chat.json", "--images", toy / "chats/images", "--grid 7 --limit 3 --llm"]
+    for folder, sign in ((llm, "ASSISTANT:"), (tmp_path / "2", "<|im_start|>assistant"), (tmp_path / "3", "ASSISTANT")):
+        assert sign in run("data.py", *words, folder)
+    assert "<|im_start|>assistant" in run("data.py", *words, llm, "--template llm")
 
 
 def test_a_gguf_file_becomes_a_folder(bpe, tmp_path):
@@ -269,6 +275,53 @@ def test_a_window_bounds_the_positions(tmp_path):
     assert ours.config.max_position_embeddings == 48
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_where_a_template_is_written(bpe, tmp_path):
+    """In chat_template.json or .jinja too; config.json names the template of a model"""
+    folder = tmp_path / "model"
+    shutil.copytree(bpe, folder)
+    settings = {name: value for name, value in read_json(folder / "tokenizer_config.json").items()
+                if name != "chat_template"}
+    write_json(folder / "tokenizer_config.json", settings)
+    with pytest.raises(UserError, match="no chat template of a known family"):
+        open_text(folder).use_template("llm")
+    assert open_text(folder).use_template() == "vicuna"
+    write_json(folder / "chat_template.json", {"chat_template": LLAMA3_CHAT})
+    assert open_text(folder).use_template("llm") == "llama3"
+    (folder / "chat_template.json").unlink()
+    (folder / "chat_template.jinja").write_text(CHATML)
+    assert open_text(folder).use_template("llm") == "chatml"
+    write_json(folder / "config.json", {"chat_template": "llama3"})
+    assert open_text(folder).use_template() == "llama3" and open_text(folder).use_template("vicuna") == "vicuna"
+    write_json(folder / "config.json", {"template": "Hermes-2"})
+    with pytest.raises(UserError, match="known: vicuna, llama2"):
+        open_text(folder).use_template()
+
+
+def test_a_folder_gets_one_tokenizer(bpe, tmp_path):
+    """What another tokenizer has left there goes; saved where it was read, nothing changes."""
+    pieces, out = tiny.spm(tmp_path), tmp_path / "out"
+    out.mkdir()
+    open_text(bpe).save(out)
+    (out / "chat_template.jinja").write_text(CHATML)
+    (out / "config.json").write_text("{}")
+    Text(pieces).save(out)
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "tokenizer.model"]
+    open_text(bpe).save(out)
+    assert (out / "tokenizer.json").read_bytes() == (bpe / "tokenizer.json").read_bytes()
+    assert not (out / "tokenizer.model").exists()
+    kept = sorted(out.iterdir())
+    open_text(out).save(out)
+    assert sorted(out.iterdir()) == kept
+
+
+def test_a_prefix_space_is_named(bpe, tmp_path):
+    made = read_json(bpe / "tokenizer.json")
+    made["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+    write_json(tmp_path / "tokenizer.json", made)
+    with pytest.raises(UserError, match="add_prefix_space false"):
+        open_text(tmp_path)
 
 
 def test_mistrals_template_is_none_of_ours(tmp_path):

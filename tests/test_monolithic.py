@@ -1,5 +1,6 @@
 """The systems of monolithic/ as generate.py and evaluate.py open them: one call each, after a step of training."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from scripts import run
 from common.pictures import open_image
 from common.weights import read_folder, weight_files
 from monolithic import open_model, shared
+from tokenizer import ClipViT
 
 STEP = "--steps 1 --warmup 0 --batch 4 --lr 1e-3 --save-every 0"
 
@@ -71,3 +73,44 @@ def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
         assert len(weight_files(tmp_path)) == files
         found = read_folder(tmp_path)
         assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+LLM = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376,
+       "num_hidden_layers": 4, "num_attention_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "image_size": 224, "patch_size": 16}
+
+
+def planned(folder, *words):
+    """-> weights that learn and that do not (millions), TFLOP of a sample, GB of activations of a pass"""
+    said = run(*words, "--plan --llm", folder / "llm", "--clip", folder / "clip", "--micro-batch 4")
+    weights = [sum(float(number) for number in re.findall(pattern, said, re.MULTILINE))
+               for pattern in (r"([\d.]+) B  learns$", r"([\d.]+) B  $")]
+    flops, saved = (float(re.search(pattern, said)[1]) for pattern in (r"all products +([\d.]+)",
+                                                                       r"activations ([\d.]+) \|"))
+    return [1000 * n for n in weights], flops, saved
+
+
+@pytest.mark.slow
+def test_plan(tmp_path):
+    """Of folders with a config.json alone: weights as the model has them, FLOPs of its products, memory that falls"""
+    for name, config in (("llm", LLM), ("clip", CLIP)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    layers = 4 * (4 * 512 ** 2 + 3 * 512 * 1376) / 1e6    # of the LLM; a table of its vocabulary has 16.384 M
+    clip = sum(p.numel() for p in ClipViT(**{name: CLIP[name] for name in CLIP if name != "model_type"}).parameters())
+    (mlp, frozen), flops, kept = planned(tmp_path, "monolithic.llava", "--stage 1")
+    assert mlp == pytest.approx((257 + 513) * 512 / 1e6, abs=1)
+    assert frozen == pytest.approx(layers + 2 * 16.384 + clip / 1e6, abs=3)
+    products = 4 * (246 * layers + 50 * 16.384) + 2 * 196 * clip / 1e6        # no gradients of frozen matrices
+    assert flops == pytest.approx(products / 1e6, rel=0.15)
+    again = planned(tmp_path, "monolithic.llava", "--stage 1 --checkpoint-activations")
+    assert again[:2] == ([mlp, frozen], flops) and again[2] < 0.8 * kept
+    clip_layers = 3 * 3 * 256 * (4 * 256 + 3 * 1024) / 1e6 / 3
+    for name, module in (("haplovl", clip_layers + 8.2), ("hovle", 2 * layers + 16.4)):
+        (learns, frozen), flops, _ = planned(tmp_path, f"monolithic.{name}", "--stage 1")
+        assert learns == pytest.approx(module, rel=0.15) and flops > 0
+        assert frozen == pytest.approx(clip / 1e6 + 16.384, abs=2)            # the teachers
+    said = run("monolithic.llava", "--plan --stage 1 --max-length 100 --llm", tmp_path / "llm", "--clip",
+               tmp_path / "clip", ok=False)
+    assert "has 196 tokens, a row 100" in said

@@ -5,8 +5,8 @@ import pytest
 import tiny
 import torch
 
-from common.weights import UserError
-from text import IMG, SYSTEM, Text, expand_images, truncate
+from common.weights import UserError, write_json
+from text import IMG, SYSTEM, Text, expand_images, open_text, truncate
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,29 @@ def test_models_that_cannot_serve_are_refused(tmp_path):
                                                  hard_vocab_limit=False, **options)
         with pytest.raises(UserError, match=message):
             Text(tmp_path / f"{name}.model")
+
+
+def test_internlm2s_template(tmp_path):
+    """Its SentencePiece has spare pieces, which tokenizer_config.json names; no newline after <|im_end|>, no blank of
+    its own in front of a piece of text."""
+    tiny.spm(tmp_path, control_symbols="[UNUSED_TOKEN_145],[UNUSED_TOKEN_146]", user_defined_symbols=["\n"],
+             add_dummy_prefix=False)
+    spare = {Text(tmp_path / "tokenizer.model").model.piece_to_id(f"[UNUSED_TOKEN_{n}]"): {"content": token}
+             for n, token in ((145, "<|im_end|>"), (146, "<|im_start|>"))}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": spare | {9999: {"content": "<img>"}}})
+    write_json(tmp_path / "config.json", {"template": "internlm2-chat"})
+    text = open_text(tmp_path)
+    assert text.use_template() == "internlm2-chat" and text.id_of("<img>") is None
+    end, start = spare
+    encode, newline = text.model.encode, [text.newline]
+    assert text.newline == text.model.piece_to_id("\n") and encode("the") == [text.model.piece_to_id("the")]
+    ids, loss_mask = text.chat([("the shape", 2, "a <|im_end|>"), (" red", 0, "blue")], "be brief")
+    answers = [encode("a <|im_end|>") + [end], encode("blue") + [end]]
+    user, assistant = [start] + encode("user\n"), [end, start] + encode("assistant\n")
+    assert ids == (text.start + [start] + encode("system\nbe brief") + [end] + user + [IMG, *newline, IMG, *newline]
+                   + encode("the shape") + assistant + answers[0] + user + encode(" red") + assistant + answers[1])
+    assert [i for i, label in zip(ids, loss_mask) if label] == answers[0] + answers[1]
+    assert text.ends == [end, text.model.eos_id()] and text.decode(answers[0] + encode("red")) == "a <|im_end|>"
 
 
 def test_llama2s_template(tmp_path):

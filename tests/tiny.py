@@ -67,14 +67,14 @@ def signals(c, rows, generator=None):
     return signal * (ids < c.codes)[:, None]
 
 
-def spm(folder, vocab_size=380):
+def spm(folder, vocab_size=380, **options):
     """A SentencePiece model as LLaMA's: BPE, byte fallback, no normalisation"""
     words = "the a red blue green small large circle square what colour is shape of in left top USER: ASSISTANT: ."
     lines = [" ".join(words.split()[i:] + words.split()[:i]) for i in range(len(words.split()))] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(Path(folder) / "tokenizer"), vocab_size=vocab_size,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, minloglevel=2)
+        hard_vocab_limit=False, minloglevel=2, **options)
     return Path(folder) / "tokenizer.model"
 
 
@@ -109,7 +109,8 @@ def bpe(folder, template=None):
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(WORDS * 20 + ["user\nassistant\nsystem\n USER: ASSISTANT: \n"] * 9, trainers.BpeTrainer(
+    words = ["user\nassistant\nsystem\n USER: ASSISTANT: \n", "user\n  the"] * 9
+    made.train_from_iterator(WORDS * 20 + words, trainers.BpeTrainer(
         vocab_size=700, special_tokens=CONTROL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     made.add_tokens([tokenizers.AddedToken("<think>", special=False)])

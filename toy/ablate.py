@@ -29,9 +29,11 @@ from common.weights import UserError, read_json, write_json
 from data import SampleBuilder, make_loader
 from evaluate import evaluate
 from generate import attention, attention_difference, complete, draw, reconstruct
+from llama import Llama
 from model import Libra
+from monolithic.shared import Batch, pad
 from tokenizer import ImageTokenizer
-from toy.make import text_batch, write_captions
+from toy.make import text_rows, write_captions
 from toy.report import score_completions, score_drawings, score_reconstructions
 from toy.world import DESCRIBE, SHARES, scenes
 
@@ -46,6 +48,14 @@ ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, 
     "g": ("(g) encoder from scratch", (), "67.2, 55.7, 40.6, 1148.4, 80.7, 50.8")}
 COLUMNS = {"questions": 3, "captions": 3, "existence F1": 3, "image loss": 3, "text perplexity": 4, "completed": 3,
            "drawn": 3, "M weights": 2, "minutes": 1}      # digits after the point
+
+
+def run_tasks(args, tasks):
+    """tasks: (function, its arguments), args.jobs at a time, each in a process of its own -> what they return"""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        return [future.result() for future in [pool.submit(*task) for task in tasks]]
 
 
 def run_script(script, *words):
@@ -109,9 +119,13 @@ def image_loss(model, captions):
 @torch.no_grad()
 def perplexity(model):
     """Of answers and captions about held-out text maps, the kind of text that the stand-in LLaMA was trained on"""
-    random = np.random.default_rng(11)
-    source = scenes(random, "held out")
-    return float(model.loss(text_batch(source, SHARES, random, 200, model.tokenizers.text, model.config)).exp())
+    draws, text = np.random.default_rng(11), model.tokenizers.text
+    rows, masks = text_rows(scenes(draws, "held out"), SHARES, draws, 200, text)
+    (ids, real), mask = pad(rows), pad(masks)[0].bool()
+    is_llama = isinstance(model, Llama)                   # or what reads text as its LLaMA does
+    hidden = model.hidden_states(ids) if is_llama else model.hidden(ids, Batch.build(ids, real, [], model.config))
+    logits, targets = model.lm_head(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]]
+    return float(torch.nn.functional.cross_entropy(logits.float(), targets).exp())
 
 
 def score_quantizer(args, name):
@@ -130,8 +144,9 @@ def run_all(args):
     if "g" in rows:
         train_tokenizer(args, "scratch", "--encoder", "scratch", "--clip-weight", 0)
     tasks = [(score_quantizer, args, name) for name in ("vq", "lfq") if not args.rows]
-    run_tasks(args, tasks + [(run_row, args, row, seed) for seed in args.seeds for row in rows
-                             if not (args.out / f"{row}-{seed}/result.json").exists()])
+    tasks += [(run_row, args, row, seed) for seed in args.seeds for row in rows
+              if not (args.out / f"{row}-{seed}/result.json").exists()]
+    run_tasks(args, tasks)
 
 
 def write_table(args):
@@ -189,15 +204,6 @@ def options(doc, name, rows):
                         "cores: two on a core each take less time than one after the other on two cores")
     parser.add_argument("--show", action="store_true", help="only table and figure")
     return parser
-
-
-def run_tasks(args, tasks):
-    """tasks: [(function, *arguments)], args.jobs at a time, each in a process of its own"""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for future in [pool.submit(*task) for task in tasks]:
-            future.result()
 
 
 def finished(args, row, name="result"):

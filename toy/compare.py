@@ -3,19 +3,17 @@
     make compare                     # on the demo's files, under two hours on two cores; interrupted, it goes on
     python -m toy.compare --show     # only the table and the figure of what is finished
 
-Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16; without a stage its
-pictures go to the stage after it. Each system tries three learning rates over half of the steps, judged by questions of
-their own. runs/toy/compare/ gets a folder per row and seed, table.md, compare.png.
+Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without stage 1
+its pictures go to the stage after it; without HoVLE's stage 2 they go to the one before, as both read captions. Each
+system tries three learning rates over half of the steps, judged by questions of their own. runs/toy/compare/ gets a
+folder per row and seed, table.md, compare.png.
 """
 import importlib
-import multiprocessing
-import os
 import random
 import shutil
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +21,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import POSITIVE, run
 from common.plots import new_figure, plot_curves
@@ -32,35 +29,30 @@ from evaluate import evaluate
 from generate import encode_prompts, generate
 from llama import Llama
 from monolithic import open_model
-from monolithic.shared import Batch, pad
+from monolithic.stages import counted_flops
 from text import open_text
-from toy.ablate import options, run_script, run_table
-from toy.make import text_rows, write_evaluation
+from toy.ablate import finished, mean_cell, options, perplexity, run_script, run_table, run_tasks
+from toy.make import write_evaluation
 from toy.report import read_log, score_answers
-from toy.world import DESCRIBE, KINDS, SHARES, scenes
+from toy.world import DESCRIBE, KINDS
 
 HAPLOVL, HOVLE, LLAVA = "-m monolithic.haplovl", "-m monolithic.hovle", "-m monolithic.llava"
 NEW = "--llm {toy}/llama --clip {toy}/clip"
-ROWS = {   # title, system, needs CLIP to answer, stages: (command, options, share of the captions or "chats", rate)
-    "libra": ("Libra", "libra", True, [
-        ("pretrain.py", "--llm {toy}/llama --image-tokenizer {toy}/tokenizer --vision-down-ratio 1", 1, 2e-3),
-        ("sft.py", "", "chats", 1.5e-3)]),
-    "haplovl": ("HaploVL", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0.5, 1e-3),
-        (HAPLOVL, "--stage 2 --freeze-llm", 0.5, 2e-3), (HAPLOVL, "--stage 2", "chats", 1e-3)]),
-    "hovle": ("HoVLE", "hovle", False, [
-        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0.5, 1e-3), (HOVLE, "--stage 2", 0.5, 1e-3),
-        (HOVLE, "--stage 3", "chats", 1e-3)]),
-    "llava": ("LLaVA-like", "llava", True, [
-        (LLAVA, f"--stage 1 {NEW}", 1, 1e-3), (LLAVA, "--stage 2", "chats", 1e-3)]),
-    "haplovl-1": ("HaploVL without stage 1", "haplovl", False, [
-        (HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}", 0, 0), (HAPLOVL, "--stage 2 --freeze-llm", 1, 2e-3),
-        (HAPLOVL, "--stage 2", "chats", 1e-3)]),
-    "hovle-1": ("HoVLE without stage I", "hovle", False, [
-        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 0, 0), (HOVLE, "--stage 2", 1, 1e-3),
-        (HOVLE, "--stage 3", "chats", 1e-3)]),
-    "hovle-2": ("HoVLE without stage II", "hovle", False, [
-        (HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}", 1, 1e-3), (HOVLE, "--stage 3", "chats", 1e-3)])}
+STAGES = {   # of a system: command, options
+    "libra": [("pretrain.py", "--llm {toy}/llama --image-tokenizer {toy}/tokenizer --vision-down-ratio 1"),
+              ("sft.py", "")],
+    "haplovl": [(HAPLOVL, f"--stage 1 --image-aspect-ratio square {NEW}"), (HAPLOVL, "--stage 2 --freeze-llm"),
+                (HAPLOVL, "--stage 2")],
+    "hovle": [(HOVLE, f"--stage 1 --module-layers 4 --tiles 1 {NEW}"), (HOVLE, "--stage 2"), (HOVLE, "--stage 3")],
+    "llava": [(LLAVA, f"--stage 1 {NEW}"), (LLAVA, "--stage 2")]}
+ROWS = {   # title, system, needs CLIP to answer, of each stage: its place in STAGES, share of the captions, rate
+    "libra": ("Libra", "libra", True, [(0, 1, 2e-3), (1, "chats", 1.5e-3)]),
+    "haplovl": ("HaploVL", "haplovl", False, [(0, 0.5, 1e-3), (1, 0.5, 2e-3), (2, "chats", 1e-3)]),
+    "hovle": ("HoVLE", "hovle", False, [(0, 0.5, 1e-3), (1, 0.5, 1e-3), (2, "chats", 1e-3)]),
+    "llava": ("LLaVA-like", "llava", True, [(0, 1, 1e-3), (1, "chats", 1e-3)]),
+    "haplovl-no-stage-1": ("HaploVL without stage 1", "haplovl", False, [(0, 0, 0), (1, 1, 2e-3), (2, "chats", 1e-3)]),
+    "hovle-no-stage-1": ("HoVLE without stage 1", "hovle", False, [(0, 0, 0), (1, 1, 1e-3), (2, "chats", 1e-3)]),
+    "hovle-no-stage-2": ("HoVLE without stage 2", "hovle", False, [(0, 1, 1e-3), (2, "chats", 1e-3)])}
 FACTORS = 0.5, 1.0, 2.0                                   # of all learning rates of a system
 COLUMNS = {"questions": 3, "blind": 3, "another picture": 3, "unseen pairs": 3, "captions": 3, "existence F1": 3,
            **dict.fromkeys(KINDS, 2), "text perplexity": 3}                   # digits after the point
@@ -69,7 +61,8 @@ COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill m
 
 def stage_words(args, row, number, factor, seed, folder, part=1):
     """-> the command of a stage of a row, its options. part: of the steps"""
-    command, words, share, lr = ROWS[row][3][number]
+    place, share, lr = ROWS[row][3][number]
+    command, words = STAGES[ROWS[row][1]][place]
     toy, chats, captions = args.toy, [f"{args.toy}/chats/chat.json"], [f"{args.toy}/captions/*.tar"]
     files, steps, batch = chats, round(args.steps * part), 16
     if share != "chats":                                  # without a stage: one step at rate 0 leaves a new model
@@ -130,32 +123,18 @@ def score_row(args, row, seed, factor):
         **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": perplexity(model)})
 
 
-@torch.no_grad()
-def perplexity(model):
-    """Of answers and captions about held-out text maps, the kind of text that the stand-in LLaMA was trained on"""
-    draws, text = np.random.default_rng(11), model.tokenizers.text
-    rows, masks = text_rows(scenes(draws, "held out"), SHARES, draws, 200, text)
-    (ids, real), mask = pad(rows), pad(masks)[0].bool()
-    if isinstance(model, Llama):                          # also what reads text as its LLaMA does
-        hidden = model.hidden_states(ids)
-    else:
-        hidden = model.hidden(ids, Batch.build(ids, real, [], model.config))
-    logits, targets = model.lm_head(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]]
-    return float(torch.nn.functional.cross_entropy(logits.float(), targets).exp())
-
-
 # ---------------------------------------------------------------- costs
 
 def count_flops(command, words):
     """FLOPs of all products in a command of a trainer"""
     module = command.split()[-1].removesuffix(".py")
     sys.argv = [module, *map(str, words)]
-    with FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         importlib.import_module(module).main()
     return counter.get_total_flops()
 
 
-def training_costs(args, row, pool):
+def training_costs(args, row):
     """FLOPs of all stages, from the second step of each, and the median seconds of 12 steps of the last on one core"""
     folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
     with TemporaryDirectory() as new:
@@ -163,7 +142,7 @@ def training_costs(args, row, pool):
             command, words = stage_words(args, row, number, 1, args.seeds[0], folder)
             short = [[*words, "--out", f"{new}/{number}-{steps}", "--steps", steps, "--warmup", 1]
                      for steps in (1, 2, 12)]
-            one, two = (pool.submit(count_flops, command, few_steps).result() for few_steps in short[:2])
+            one, two = run_tasks(args, [(count_flops, command, few_steps) for few_steps in short[:2]])
             flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
         run_script(*command.split(), *short[2])
         seconds = [line["seconds"] for line in read_log(Path(f"{new}/{number}-12/log.jsonl"))]
@@ -200,29 +179,17 @@ def run_all(args):
         write_evaluation(draft, args.judge, seed=1)
         draft.rename(args.out / "judge")
     systems = list(dict.fromkeys(ROWS[row][1] for row in args.rows))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        tasks = [(try_rate, args, system, factor) for factor in FACTORS for system in systems
-                 if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()]
-        for future in [pool.submit(*task) for task in tasks]:
-            future.result()
-        tasks = [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
-                 if not (args.out / f"{row}-{seed}/result.json").exists()]
-        for future in [pool.submit(*task) for task in tasks]:
-            future.result()
-        if (args.out / "costs.json").exists():
-            return
-        costs = {row: training_costs(args, row, pool) for row in args.rows}
+    run_tasks(args, [(try_rate, args, system, factor) for factor in FACTORS for system in systems
+                     if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()])
+    run_tasks(args, [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
+                     if not (args.out / f"{row}-{seed}/result.json").exists()])
+    if (args.out / "costs.json").exists():
+        return
+    costs = {row: training_costs(args, row) for row in args.rows}
     models = {row: open_trained(row, args.out / f"{row}-{args.seeds[0]}") for row in args.rows}
     times = answering_times(models, args)
     write_json(args.out / "costs.json", {row: costs[row] | times[row] | {
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
-
-
-def finished(args, row):
-    folders = [args.out / f"{row}-{seed}" for seed in args.seeds]
-    return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()]
 
 
 def write_table(args):
@@ -232,12 +199,7 @@ def write_table(args):
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
-    for name, digits in COLUMNS.items():
-        lines.append([name])
-        for row in rows:
-            values = [result[name] for result in finished(args, row)]
-            deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            lines[-1].append(f"{statistics.mean(values):.{digits}f}{deviation}")
+    lines += [[name, *(mean_cell(finished(args, row), name, digits) for row in rows)] for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
     for name, digits in COSTS.items():

@@ -1,0 +1,45 @@
+"""The table of four systems, one row for seconds: search, scores, costs, table, figure; then what was made is kept."""
+import sys
+from types import SimpleNamespace
+
+import pytest
+from scripts import run
+
+from common.weights import read_json
+from toy import ablate, compare
+
+
+def test_tasks():
+    """In processes of their own, in their order; an error in one arrives"""
+    args = SimpleNamespace(jobs=2)
+    assert ablate.run_tasks(args, [(abs, -1), (divmod, 7, 2)]) == [1, (3, 1)]
+    with pytest.raises(ZeroDivisionError):
+        ablate.run_tasks(args, [(divmod, 1, 0)])
+
+
+@pytest.mark.slow
+def test_one_row(toy, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(compare, "FACTORS", (0.5,))
+    monkeypatch.setattr(compare, "run_tasks", lambda _, tasks: [task(*words) for task, *words in tasks])
+    monkeypatch.setattr(compare, "run_script", lambda *words: run(words[1], *((str(word),) for word in words[2:])))
+    words = ["compare", "--toy", str(toy), "--out", str(tmp_path), "--steps", "2", "--limit", "23", "--judge", "23",
+             "--seeds", "0", "--rows", "llava"]
+    monkeypatch.setattr(sys, "argv", words)
+    compare.main()
+    assert "LLaVA-like, rate x 0.5" in (said := capfd.readouterr().out) and "LLaVA-like, seed 0" in said
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")}
+    assert lines[""] == ["LLaVA-like"] and lines["CLIP to answer"] == ["yes"] and lines["learning rates x"] == ["0.5"]
+    assert set(compare.COLUMNS) | set(compare.COSTS) < set(lines) and ["-"] not in lines.values()
+    result, costs = read_json(tmp_path / "llava-0/result.json"), read_json(tmp_path / "costs.json")["llava"]
+    assert all(0 <= value <= 1 for name, value in result.items() if name != "text perplexity")
+    assert result["text perplexity"] > 1 and all(value > 0 for value in costs.values())
+    assert (tmp_path / "compare.png").stat().st_size > 5000
+    result_file = tmp_path / "llava-0/result.json"
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    result_file.unlink()                                  # as if it had been stopped before that
+    monkeypatch.setattr(sys, "argv", words)               # count_flops had another
+    compare.main()
+    said = capfd.readouterr().out
+    assert "rate x" not in said and "LLaVA-like, seed 0" in said and read_json(result_file) == result, said
+    assert len(trained) == 4 and trained == {path: path.stat().st_mtime_ns for path in trained}
