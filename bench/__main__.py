@@ -21,7 +21,7 @@ import torch
 from bench import workload
 from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
-from bench.more_rows import image_tokenizer, pretraining, text_only
+from bench.more_rows import image_tokenizer, pretraining, transformers
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
 from common.cli import NATURAL, POSITIVE, Help, check_device, run, writable_file
 from common.sampling import capture_cuda_graph
@@ -99,7 +99,8 @@ GROWTH = (1, 640, 1), (1, 1280, 1), (1, 2048, 1), (1, 2048, 2), (4, 640, 1), (16
 ROWS = {"train": (train, ["small"], []), "layer": (partial(train, layouts=[(1, LENGTH, 1)]), ["layer"], ["layer"]),
         "compile": (partial(train, layouts=[(2, LENGTH, 1)], other="not compiled"), ["small"], ["layer"]),
         "growth": (partial(train, layouts=GROWTH, other=None), ["small"], ["layer"]),
-        "pretraining": (pretraining, [], ["full"]), "text": (text_only, ["small"], ["layer"]),
+        "pretraining": (pretraining, [], ["full"]), "text": (partial(transformers, images=0), ["small"], ["layer"]),
+        "llava": (partial(transformers, images=1), ["small", "medium", "layer"], ["layer"]),
         "prefill": (prefill, ["small"], ["full"]), "tokenizer": (image_tokenizer, ["full"], ["full"]),
         "decode": (decode, ["small", "layer"], ["full"])}                 # sizes on a CPU, on a GPU
 

@@ -1,5 +1,6 @@
 """Rows beside those of the model itself: transformers, the image tokenizer, a whole step on a GPU."""
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,43 +10,73 @@ from bench.measure import measure
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
 from generate import generate
 from model import LibraConfig
+from streams import Streams
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.plan import CLIP_L
 
 
-def text_only(args, size):
-    """Text alone, against transformers' LLaMA with the same weights: a step that trains all, prefill, decoding"""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    model = new_model(size, args.device, args.dtype)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "rms_norm_eps", "max_position_embeddings")
-    theirs = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names}))
-    theirs.load_state_dict({name: model.state_dict()[name] for name in theirs.state_dict()})
-    theirs.to(args.device, args.dtype)
-    prompts, streams, _ = new_batch(model, 2, LENGTH, images=0)
-    ids = streams.text_ids.view(2, LENGTH)
+def their_model(model, images):
+    """transformers' LLaVA around a LLaMA of the model's sizes, which gets CLIP's features ready made; for no images
+    that LLaMA alone, with the model's weights"""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+    c, names = model.config, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                              "num_attention_heads", "rms_norm_eps", "max_position_embeddings")
+    llama = LlamaConfig(**{name: getattr(c, name) for name in names})
+    if images:
+        clip = CLIPVisionConfig(hidden_size=c.contiguous_signal_size, num_attention_heads=1, num_hidden_layers=0)
+        theirs = LlavaForConditionalGeneration(LlavaConfig(vision_config=clip, text_config=llama, image_token_index=0))
+        theirs.model.vision_tower = None
+    else:
+        theirs = LlamaForCausalLM(llama)
+        theirs.load_state_dict({name: model.state_dict()[name] for name in theirs.state_dict()})
+    return theirs.to(model.lm_head.weight)
+
+
+def transformers(args, size, images):
+    """A step that trains all, prefill and decoding against transformers: its LLaVA, or its LLaMA for text alone. Both
+    sides read the same features (n, 576, C). Behind an image half of the 60 words are targets, of text alone all."""
+    model, rows = new_model(size, args.device, args.dtype), 1 if size == "layer" else 2
+    theirs, c, name = their_model(model, images), model.config, f"{size}, {'an image' if images else 'text alone'}"
+    prompts, _, signal = new_batch(model, 16, LENGTH, images)
+    counted = torch.arange(LENGTH) >= (LENGTH - 30 if images else 1)
+    streams = Streams.from_ids(prompts[:rows], c, None, [counted] * rows).to(args.device)
+    ids = torch.stack([row[row <= c.vocab_size] for row in torch.stack(prompts)[:, :, 0]])    # without BOI and EOI
+    ids = (ids % c.vocab_size).to(args.device)            # 0: an image token
+    labels = ids[:rows].clone()
+    labels[:, :-counted.sum()] = -100
+
+    def inputs(rows):
+        return prompts[:rows], signal[:rows] if images else None
+
+    def their_inputs(rows):
+        if not images:
+            return {"input_ids": ids[:rows]}
+        features = list(theirs.model.multi_modal_projector(signal[:rows]))
+        return {"input_ids": ids[:rows], "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)}}
 
     def their_step():
-        theirs(input_ids=ids, labels=ids).loss.backward()
+        theirs(**their_inputs(rows), labels=labels).loss.backward()
         theirs.zero_grad(set_to_none=True)
 
     @torch.inference_mode()
-    def their_tokens():
-        out = theirs(input_ids=ids[:1], use_cache=True, logits_to_keep=1)
+    def their_tokens(rows):
+        out = theirs(**their_inputs(rows), use_cache=True, logits_to_keep=1)
         while True:
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             yield token
             out = theirs(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    measure(args, f"text alone, training step, {size}, B 2, L {LENGTH}", {
-        "ours": training_step(model, partial(model, streams)), "transformers": their_step}, 2 * LENGTH)
-    measure(args, f"text alone, prefill, {size}, L {LENGTH}", {
-        "ours": lambda: next(generate(model, prompts[:1], None, 1)),
-        "transformers": lambda: next(their_tokens())}, LENGTH)
-    tokens = their_tokens()
-    next(tokens)
-    measure(args, f"text alone, decoding, {size}", {
-        "ours": decoding(model, prompts[:1], None, args.repeat + 1),
-        "transformers": lambda: [next(tokens) for _ in range(TOKENS)]}, TOKENS, memory=False)
+    measure(args, f"training step, {name}, B {rows}, L {LENGTH}", {
+        "ours": training_step(model, partial(model, streams, inputs(rows)[1])),
+        "transformers": their_step}, rows * LENGTH)
+    measure(args, f"prefill, {name}, L {LENGTH}", {
+        "ours": lambda: next(generate(model, *inputs(1), 1)),
+        "transformers": lambda: next(their_tokens(1))}, LENGTH)
+    for rows in (1, 16) if images else (1,):
+        tokens = their_tokens(rows)
+        next(tokens)
+        measure(args, f"decoding, {name}, B {rows}", {
+            "ours": decoding(model, *inputs(rows), args.repeat + 1),
+            "transformers": lambda tokens=tokens: [next(tokens) for _ in range(TOKENS)]}, rows * TOKENS, memory=False)
 
 
 def new_tokenizer(device):

@@ -14,7 +14,9 @@ SIZES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_laye
                   "vocab_size": 512, "contiguous_signal_size": 192},
          "small": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
                    "vocab_size": 4096, "contiguous_signal_size": 1024},
-         "layer": {"num_hidden_layers": 1}, "full": {}}
+         "medium": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4, "num_attention_heads": 16,
+                    "vocab_size": 4096, "contiguous_signal_size": 2048},
+         "layer": {"num_hidden_layers": 1, "vocab_size": 1024}, "full": {}}       # a layer with its share of the heads
 LENGTH, TOKENS = 640, 32                                  # of a prompt; of a repetition of decoding
 
 
