@@ -1,0 +1,173 @@
+"""The page of `generate.py --web`: a chat about pictures and, where the model can, drawing and completing them."""
+import itertools
+import os
+import re
+import traceback
+from pathlib import Path
+
+from common.attention_maps import overlay
+from common.cli import explain
+from common.pictures import enlarge
+from common.weights import UserError, read_json
+
+QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}           # all requests wait for the one model in one queue
+CSS = "button[title=Share], button[aria-label=Share], button[aria-label=Clear] {display: none}"     # to Hugging Face
+CSP = ("<meta http-equiv='Content-Security-Policy' content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: "
+       "blob:\">")                                        # nothing from, and nothing to, other machines
+FAILED = "No answer"                                      # title of messages that are no part of the conversation
+
+
+def serve(functions, args, sampling, grid):
+    """Open the page at --host and --port until Ctrl-C. For the parameters see build."""
+    page = build(functions, args, sampling, grid)
+    _, url, _ = page.launch(server_name=args.host or "127.0.0.1", server_port=args.port, share=False, ssr_mode=False,
+                            max_file_size="20mb", footer_links=[], run_history=False, enable_monitoring=False,
+                            quiet=True, prevent_thread_lock=True, css=CSS, head=CSP)
+    print(f"{url} is the page; Ctrl-C closes it", flush=True)
+    page.block_thread()
+
+
+def build(functions, args, sampling, grid=None):
+    """-> the page, a gr.Blocks. functions: of generate.py without their model, by name: stream; for a Libra attention
+    and as_seen, and if it can draw, draw and complete. sampling: see Sampler; each request takes the next seed. grid:
+    rows of tokens in a picture. args.raw: pictures are described as in pretraining, not asked about"""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"      # read when it is imported
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError("--web needs the package gradio, which is not installed: pip install gradio") from None
+    seeds, examples = itertools.count(args.seed), demo_examples(args.model)
+
+    def how(temperature):
+        return sampling | {"temperature": temperature, "seed": next(seeds)}
+
+    with gr.Blocks(title=f"Libra: {args.model}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"## {args.model}")
+        with gr.Tab("Describe" if args.raw else "Chat"):
+            chat_tab(gr, functions, args, how, examples)
+        if "draw" in functions:
+            with gr.Tab("Draw"):
+                picture_tab(gr, lambda text, _, t: functions["draw"]([text], **how(t))[0], args, 0,
+                            gr.Textbox(label="What to draw", render=False), [caption for _, caption, _ in examples])
+            with gr.Tab("Complete"):
+                picture_tab(gr, lambda image, rows, t: functions["complete"]([image["path"]], rows, **how(t))[0], args,
+                            grid, gr.Image(label="Picture", height=240, sources=["upload"], render=False),
+                            [picture for _, _, picture in examples])
+    return page.queue(max_size=64)
+
+
+def chat_tab(gr, functions, args, how, examples):
+    def add(written, messages):
+        if not (written["text"].strip() or args.raw and written["files"]):
+            raise gr.Error("Write a question first.", print_exception=False)
+        content = [{"path": file} for file in written["files"]] + [written["text"]]
+        return None, [*messages, {"role": "user", "content": content}]
+
+    def reply(messages, temperature):
+        question, pictures, history = last_prompt(messages, args.raw)
+        answer = []
+        try:
+            for words in functions["stream"](question, pictures, args.max_new_tokens, args.raw, history,
+                                             **how(temperature)):
+                answer = [{"role": "assistant", "content": words}]
+                yield messages + answer
+        except Exception as error:  # noqa: BLE001
+            failed = {"role": "assistant", "content": sentence(error), "metadata": {"title": FAILED}}
+            yield messages + answer + [failed]
+
+    def look(messages):
+        question, pictures, history = last_prompt(messages, args.raw)
+        if not pictures:
+            raise UserError("There is no answer about a picture yet.")
+        maps = functions["attention"](question, pictures, args.raw, history).mean(dim=(1, 2))  # (layers, n*G*G)
+        maps = maps.unflatten(1, (len(pictures), round((maps.shape[1] / len(pictures)) ** 0.5), -1))
+        shown = [(overlay(functions["as_seen"](picture), heat), f"layer {layer}" if layer else "all layers")
+                 for picture, heats in zip(pictures, maps.unbind(1))
+                 for layer, heat in enumerate([heats.mean(0), *heats])]
+        return gr.Gallery(shown, visible=True)
+
+    with gr.Row():
+        with gr.Column(scale=4):
+            chat = gr.Chatbot(height=400, show_label=False, render_markdown=False, buttons=[])
+            written = gr.MultimodalTextbox(
+                file_types=["image"], file_count="multiple", sources=["upload"], show_label=False,
+                placeholder="Add a picture and send it" if args.raw else "Add pictures and ask about them")
+        with gr.Column(scale=1, min_width=180):
+            temperature = gr.Slider(0, 2, args.temperature, step=0.05, label="Temperature")
+            stop, reset = gr.Button("Stop"), gr.Button("Reset")
+            look_button = gr.Button("Show attention", visible="attention" in functions)
+    maps = gr.Gallery(show_label=False, columns=5, height="max-content", buttons=["fullscreen"], visible=False)
+    if examples:
+        gr.Examples([[{"text": "" if args.raw else question, "files": [picture]}] for question, _, picture in examples],
+                    written)
+    running = written.submit(add, [written, chat], [written, chat], queue=False).success(
+        reply, [chat, temperature], chat, **QUEUE)
+    stop.click(None, cancels=[running])
+    reset.click(lambda: ([], None, gr.Gallery(visible=False)), None, [chat, written, maps], cancels=[running],
+                queue=False)
+    look_button.click(one_sentence(gr, look), chat, maps, **QUEUE)
+
+
+def picture_tab(gr, function, args, grid, given, examples):
+    """function(value of the component `given`, rows, temperature) -> a picture. grid: 0 where no rows are given"""
+    def run(value, rows, temperature):
+        if not value:
+            raise UserError(f"{given.label}? Nothing is given.")
+        return enlarge(function(value, int(rows), float(temperature)))
+
+    with gr.Row():
+        with gr.Column():
+            given.render()
+            rows = gr.Slider(1, max(2, grid - 1), grid // 2, step=1, label="Rows of it to keep", visible=grid > 0)
+            temperature = gr.Slider(0, 2, args.temperature or 1, step=0.05, label="Temperature")
+            button = gr.Button("Draw", variant="primary")
+        drawn = gr.Image(label="Drawn", height=400, buttons=["download", "fullscreen"])
+    if examples:
+        gr.Examples(examples, given)
+    button.click(one_sentence(gr, run), [given, rows, temperature], drawn, preprocess=False, **QUEUE)
+
+
+def last_prompt(messages, raw):
+    """The messages of gr.Chatbot -> question, pictures of all turns, history, as generate.answer takes them. Turns that
+    failed, or were stopped before their first word, are left out with their pictures; raw: only the last turn"""
+    turns = []
+    for message in messages:
+        words = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+        if message["role"] == "user":
+            turns = [turn for turn in turns if turn[2] is not None]
+            turns.append((words, [part["file"]["path"] for part in message["content"] if part["type"] == "file"], None))
+        elif (message.get("metadata") or {}).get("title") == FAILED:
+            turns.pop()
+        else:
+            turns[-1] = (*turns[-1][:2], words)
+    *earlier, (question, pictures, _) = (turns[-1:] if raw else turns) or [("", [], None)]
+    history = [(asked, len(files), answer) for asked, files, answer in earlier]
+    return question, [file for _, files, _ in earlier for file in files] + pictures, history
+
+
+def sentence(error):
+    """What the page says of an error, with uploads by their own names; the terminal says what is no user's mistake."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    return re.sub(r"[^\s']*/[0-9a-f]{64}/", "", explain(error)[0].removeprefix("error: "))
+
+
+def one_sentence(gr, function):
+    """-> the function, whose errors become a sentence in the page"""
+    def guarded(*inputs):
+        try:
+            return function(*inputs)
+        except Exception as error:  # noqa: BLE001
+            raise gr.Error(sentence(error), duration=None, print_exception=False) from None
+    return guarded
+
+
+def demo_examples(model):
+    """-> [(question, caption, picture)] if the model lies among the demo's files"""
+    folder = Path(model).parent / "eval"
+    if not (folder / "held_out_questions.json").is_file():
+        return []
+    captions = read_json(folder / "held_out_captions.json", (dict, list))
+    captions = {entry["image_id"]: (entry["caption"][0], str(folder / entry["image"])) for entry in captions}
+    questions = read_json(folder / "held_out_questions.json")["questions"][2:14:3]            # three of a kind
+    return [(entry["question"], *captions[entry["image_id"]]) for entry in questions]
