@@ -81,7 +81,7 @@ def chat_tab(gr, functions, args, how, examples):
             raise UserError("There is no answer about a picture yet.")
         maps = functions["attention"](question, pictures, args.raw, history).mean(dim=(1, 2))  # (layers, n*G*G)
         maps = maps.unflatten(1, (len(pictures), round((maps.shape[1] / len(pictures)) ** 0.5), -1))
-        shown = [(overlay(functions["as_seen"](picture), heat), f"layer {layer}" if layer else "all layers")
+        shown = [(overlay(functions["as_seen"](picture), heat), f"layer {layer - 1}" if layer else "all layers")
                  for picture, heats in zip(pictures, maps.unbind(1))
                  for layer, heat in enumerate([heats.mean(0), *heats])]
         return gr.Gallery(shown, visible=True)
@@ -105,7 +105,8 @@ def chat_tab(gr, functions, args, how, examples):
     stop.click(None, cancels=[running])
     reset.click(lambda: ([], None, gr.Gallery(visible=False)), None, [chat, written, maps], cancels=[running],
                 queue=False)
-    look_button.click(one_sentence(gr, look), chat, maps, **QUEUE)
+    if "attention" in functions:
+        look_button.click(one_sentence(gr, look), chat, maps, **QUEUE)
 
 
 def picture_tab(gr, function, args, grid, given, examples):
