@@ -1,7 +1,6 @@
 """Where a model looks on a picture (Fig. 4, 7): how much layers and heads differ, and heat maps of each layer."""
 from PIL import Image
 
-from common.pictures import enlarge
 from common.plots import new_figure, plot_curves, show_pictures
 
 
@@ -30,5 +29,5 @@ def plot_attention(picture, maps, cross, inner):
 
 def overlay(picture, heat):
     """heat: (n, n), scaled by its maximum and laid over a PIL image in red -> a PIL image"""
-    picture, opacity = enlarge(picture), Image.fromarray((215 * heat / heat.max()).byte().numpy())
+    opacity = Image.fromarray((215 * heat / heat.max()).byte().numpy())
     return Image.composite(Image.new("RGB", picture.size, "red"), picture, opacity.resize(picture.size))

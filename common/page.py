@@ -7,56 +7,51 @@ from pathlib import Path
 
 from common.attention_maps import overlay
 from common.cli import explain
-from common.pictures import enlarge
 from common.weights import UserError, read_json
 
 QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}           # all requests wait for the one model in one queue
-CSS = "button[title=Share], button[aria-label=Share], button[aria-label=Clear] {display: none}"     # to Hugging Face
+CSS = """button[aria-label=Share], button[aria-label=Clear] {display: none}
+.image-frame img {width: 100%; height: 100%; object-fit: contain}"""                          # small ones are enlarged
 CSP = ("<meta http-equiv='Content-Security-Policy' content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: "
        "blob:\">")                                        # nothing from, and nothing to, other machines
 FAILED = "No answer"                                      # title of messages that are no part of the conversation
 
 
-def serve(functions, args, sampling, grid):
-    """Open the page at --host and --port until Ctrl-C. For the parameters see build."""
-    page = build(functions, args, sampling, grid)
-    _, url, _ = page.launch(server_name=args.host or "127.0.0.1", server_port=args.port, share=False, ssr_mode=False,
-                            max_file_size="20mb", footer_links=[], run_history=False, enable_monitoring=False,
-                            quiet=True, prevent_thread_lock=True, css=CSS, head=CSP)
-    print(f"{url} is the page; Ctrl-C closes it", flush=True)
-    page.block_thread()
-
-
-def build(functions, args, sampling, grid=None):
-    """-> the page, a gr.Blocks. functions: of generate.py without their model, by name: stream; for a Libra attention
-    and as_seen, and if it can draw, draw and complete. sampling: see Sampler; each request takes the next seed. grid:
-    rows of tokens in a picture. args.raw: pictures are described as in pretraining, not asked about"""
+def serve(functions, args, sampling, grid=None):
+    """Open the page at --host and --port until Ctrl-C. functions: of generate.py without their model, by name: stream;
+    for a Libra attention and as_seen, and if it can draw, draw and complete. grid: rows of tokens of its pictures.
+    sampling: see Sampler; each request takes the next seed. args.raw: pictures are described, not asked about"""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"      # read when it is imported
     try:
         import gradio as gr
     except ImportError:
         raise UserError("--web needs the package gradio, which is not installed: pip install gradio") from None
-    seeds, examples = itertools.count(args.seed), demo_examples(args.model)
+    seeds = itertools.count(args.seed)
 
     def how(temperature):
-        return sampling | {"temperature": temperature, "seed": next(seeds)}
+        return sampling | {"temperature": float(temperature), "seed": next(seeds)}
 
     with gr.Blocks(title=f"Libra: {args.model}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## {args.model}")
         with gr.Tab("Describe" if args.raw else "Chat"):
-            chat_tab(gr, functions, args, how, examples)
+            chat_tab(gr, functions, args, how)
         if "draw" in functions:
             with gr.Tab("Draw"):
-                picture_tab(gr, lambda text, _, t: functions["draw"]([text], **how(t))[0], args, 0,
-                            gr.Textbox(label="What to draw", render=False), [caption for _, caption, _ in examples])
+                words = gr.Textbox(label="What to draw", placeholder="a large red circle in the top left", render=False)
+                picture_tab(gr, words, lambda text, _, t: functions["draw"]([text], **how(t))[0], args)
             with gr.Tab("Complete"):
-                picture_tab(gr, lambda image, rows, t: functions["complete"]([image["path"]], rows, **how(t))[0], args,
-                            grid, gr.Image(label="Picture", height=240, sources=["upload"], render=False),
-                            [picture for _, _, picture in examples])
-    return page.queue(max_size=64)
+                given = gr.Image(label="Picture", height=240, sources=["upload"], render=False)
+                picture_tab(gr, given, lambda image, rows, t: functions["complete"](
+                    [image["path"]], int(rows), **how(t))[0], args, grid)
+    _, url, _ = page.queue(max_size=64).launch(
+        server_name=args.host or "127.0.0.1", server_port=args.port, share=False, ssr_mode=False, max_file_size="20mb",
+        footer_links=[], run_history=False, enable_monitoring=False, css=CSS, head=CSP, quiet=True,
+        prevent_thread_lock=True)
+    print(f"{url} is the page; Ctrl-C closes it", flush=True)
+    page.block_thread()
 
 
-def chat_tab(gr, functions, args, how, examples):
+def chat_tab(gr, functions, args, how):
     def add(written, messages):
         if not (written["text"].strip() or args.raw and written["files"]):
             raise gr.Error("Write a question first.", print_exception=False)
@@ -97,9 +92,8 @@ def chat_tab(gr, functions, args, how, examples):
             stop, reset = gr.Button("Stop"), gr.Button("Reset")
             look_button = gr.Button("Show attention", visible="attention" in functions)
     maps = gr.Gallery(show_label=False, columns=5, height="max-content", buttons=["fullscreen"], visible=False)
-    if examples:
-        gr.Examples([[{"text": "" if args.raw else question, "files": [picture]}] for question, _, picture in examples],
-                    written)
+    if examples := demo_examples(args):
+        gr.Examples(examples, written)
     running = written.submit(add, [written, chat], [written, chat], queue=False).success(
         reply, [chat, temperature], chat, **QUEUE)
     stop.click(None, cancels=[running])
@@ -109,12 +103,12 @@ def chat_tab(gr, functions, args, how, examples):
         look_button.click(one_sentence(gr, look), chat, maps, **QUEUE)
 
 
-def picture_tab(gr, function, args, grid, given, examples):
+def picture_tab(gr, given, function, args, grid=0):
     """function(value of the component `given`, rows, temperature) -> a picture. grid: 0 where no rows are given"""
-    def run(value, rows, temperature):
+    def run(value, *settings):
         if not value:
             raise UserError(f"{given.label}? Nothing is given.")
-        return enlarge(function(value, int(rows), float(temperature)))
+        return function(value, *settings)
 
     with gr.Row():
         with gr.Column():
@@ -123,8 +117,6 @@ def picture_tab(gr, function, args, grid, given, examples):
             temperature = gr.Slider(0, 2, args.temperature or 1, step=0.05, label="Temperature")
             button = gr.Button("Draw", variant="primary")
         drawn = gr.Image(label="Drawn", height=400, buttons=["download", "fullscreen"])
-    if examples:
-        gr.Examples(examples, given)
     button.click(one_sentence(gr, run), [given, rows, temperature], drawn, preprocess=False, **QUEUE)
 
 
@@ -163,12 +155,10 @@ def one_sentence(gr, function):
     return guarded
 
 
-def demo_examples(model):
-    """-> [(question, caption, picture)] if the model lies among the demo's files"""
-    folder = Path(model).parent / "eval"
-    if not (folder / "held_out_questions.json").is_file():
-        return []
-    captions = read_json(folder / "held_out_captions.json", (dict, list))
-    captions = {entry["image_id"]: (entry["caption"][0], str(folder / entry["image"])) for entry in captions}
-    questions = read_json(folder / "held_out_questions.json")["questions"][2:14:3]            # three of a kind
-    return [(entry["question"], *captions[entry["image_id"]]) for entry in questions]
+def demo_examples(args):
+    """-> a question of each kind with its picture, if the model lies among the demo's files"""
+    folder = Path(args.model).parent / "eval"
+    path = folder / "held_out_questions.json"
+    return [[{"text": "" if args.raw else entry["question"],
+              "files": [str(folder / f"images/{entry['image_id']:012d}.png")]}]
+            for entry in (read_json(path)["questions"][2:14:3] if path.is_file() else ())]

@@ -41,9 +41,3 @@ def open_image(source):
     except (Image.DecompressionBombError, *DAMAGED) as error:
         source = "a picture in memory" if isinstance(source, io.BytesIO) else source
         raise UserError(f"{source}: cannot be read as a picture ({error_text(error)})") from None
-
-
-def enlarge(picture, least=336):
-    """-> the picture, its longer side at least `least` pixels, to be looked at"""
-    scale = max(1, least / max(picture.size))
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)))
