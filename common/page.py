@@ -1,8 +1,8 @@
 """The page of `generate.py --web`: a chat about pictures and, where the model can, drawing and completing them."""
+import functools
 import itertools
 import os
 import re
-import traceback
 from pathlib import Path
 
 from common.attention_maps import overlay
@@ -14,7 +14,6 @@ CSS = """button[aria-label=Share], button[aria-label=Clear] {display: none}
 .image-frame img {width: 100%; height: 100%; object-fit: contain}"""                          # small ones are enlarged
 CSP = ("<meta http-equiv='Content-Security-Policy' content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: "
        "blob:\">")                                        # nothing from, and nothing to, other machines
-FAILED = "No answer"                                      # title of messages that are no part of the conversation
 
 
 def serve(functions, args, sampling, grid=None):
@@ -60,15 +59,9 @@ def chat_tab(gr, functions, args, how):
 
     def reply(messages, temperature):
         question, pictures, history = last_prompt(messages, args.raw)
-        answer = []
-        try:
-            for words in functions["stream"](question, pictures, args.max_new_tokens, args.raw, history,
-                                             **how(temperature)):
-                answer = [{"role": "assistant", "content": words}]
-                yield messages + answer
-        except Exception as error:  # noqa: BLE001
-            failed = {"role": "assistant", "content": sentence(error), "metadata": {"title": FAILED}}
-            yield messages + answer + [failed]
+        for words in functions["stream"](question, pictures, args.max_new_tokens, args.raw, history,
+                                         **how(temperature)):
+            yield [*messages, {"role": "assistant", "content": words}]
 
     def look(messages):
         question, pictures, history = last_prompt(messages, args.raw)
@@ -79,11 +72,12 @@ def chat_tab(gr, functions, args, how):
         shown = [(overlay(functions["as_seen"](picture), heat), f"layer {layer - 1}" if layer else "all layers")
                  for picture, heats in zip(pictures, maps.unbind(1))
                  for layer, heat in enumerate([heats.mean(0), *heats])]
-        return gr.Gallery(shown, visible=True)
+        yield gr.Gallery(shown, visible=True)
 
     with gr.Row():
         with gr.Column(scale=4):
-            chat = gr.Chatbot(height=400, show_label=False, render_markdown=False, buttons=[])
+            chat = gr.Chatbot(height=400, show_label=False, render_markdown=False, buttons=[],
+                              group_consecutive_messages=False)
             written = gr.MultimodalTextbox(
                 file_types=["image"], file_count="multiple", sources=["upload"], show_label=False,
                 placeholder="Add a picture and send it" if args.raw else "Add pictures and ask about them")
@@ -95,7 +89,7 @@ def chat_tab(gr, functions, args, how):
     if examples := demo_examples(args):
         gr.Examples(examples, written)
     running = written.submit(add, [written, chat], [written, chat], queue=False).success(
-        reply, [chat, temperature], chat, **QUEUE)
+        one_sentence(gr, reply), [chat, temperature], chat, show_progress="hidden", **QUEUE)
     stop.click(None, cancels=[running])
     reset.click(lambda: ([], None, gr.Gallery(visible=False)), None, [chat, written, maps], cancels=[running],
                 queue=False)
@@ -108,7 +102,7 @@ def picture_tab(gr, given, function, args, grid=0):
     def run(value, *settings):
         if not value:
             raise UserError(f"{given.label}? Nothing is given.")
-        return function(value, *settings)
+        yield function(value, *settings)
 
     with gr.Row():
         with gr.Column():
@@ -122,15 +116,13 @@ def picture_tab(gr, given, function, args, grid=0):
 
 def last_prompt(messages, raw):
     """The messages of gr.Chatbot -> question, pictures of all turns, history, as generate.answer takes them. Turns that
-    failed, or were stopped before their first word, are left out with their pictures; raw: only the last turn"""
+    failed, or were stopped before their first word, are left out with their pictures. raw: only the last turn"""
     turns = []
     for message in messages:
         words = "".join(part["text"] for part in message["content"] if part["type"] == "text")
         if message["role"] == "user":
             turns = [turn for turn in turns if turn[2] is not None]
             turns.append((words, [part["file"]["path"] for part in message["content"] if part["type"] == "file"], None))
-        elif (message.get("metadata") or {}).get("title") == FAILED:
-            turns.pop()
         else:
             turns[-1] = (*turns[-1][:2], words)
     *earlier, (question, pictures, _) = (turns[-1:] if raw else turns) or [("", [], None)]
@@ -138,20 +130,16 @@ def last_prompt(messages, raw):
     return question, [file for _, files, _ in earlier for file in files] + pictures, history
 
 
-def sentence(error):
-    """What the page says of an error, with uploads by their own names; the terminal says what is no user's mistake."""
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
-    return re.sub(r"[^\s']*/[0-9a-f]{64}/", "", explain(error)[0].removeprefix("error: "))
-
-
 def one_sentence(gr, function):
-    """-> the function, whose errors become a sentence in the page"""
+    """-> the generator function, whose errors become a sentence in the page that names uploads without their folder.
+    What is no user's mistake goes to the terminal too"""
+    @functools.wraps(function)
     def guarded(*inputs):
         try:
-            return function(*inputs)
+            yield from function(*inputs)
         except Exception as error:  # noqa: BLE001
-            raise gr.Error(sentence(error), duration=None, print_exception=False) from None
+            words = re.sub(r"[^\s']*/[0-9a-f]{64}/", "", explain(error)[0].removeprefix("error: "))
+            raise gr.Error(words, duration=None, print_exception=not isinstance(error, UserError)) from error
     return guarded
 
 
