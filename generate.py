@@ -1,6 +1,7 @@
 """Ask, chat, draw, complete, look inside (Sec. 4.3, Fig. 3-7): everything a trained Libra does with a picture.
 
     python generate.py --image cat.jpg "What is unusual here?"          # without a question: a chat
+    python generate.py --web                                            # a chat in the browser
     python generate.py --batch prompts.jsonl --out answers.jsonl        # lines {"image": FILE, "question": TEXT}
     python generate.py --draw "a red bus" --out bus.png                 # text to image, E_c = 0
     python generate.py --complete cat.jpg --rows 8 --out completed.png  # the upper rows are given, the rest is drawn
@@ -10,10 +11,10 @@
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
 from common.cli import Help, bounded
-from common.entries import read_prompts
+from common.entries import read_prompts, with_answer
+from common.page import serve
 from common.pictures import open_image
 from common.sampling import Sampler, Step, check_finite
-from common.weights import UserError
+from common.terminal import chat
+from common.weights import UserError, read_json
 from llama import KVCache
 from model import Libra
 from monolithic import open_model
@@ -201,6 +204,17 @@ def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False,
     return answers
 
 
+def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(), **sampling):
+    """One row as `answer` takes it. Yields its words so far, after each token. UserError if the positions end first"""
+    prompts, signal = encode_prompts(model, [(question, pictures)], raw, history)
+    ids, text, run = [], model.tokenizers.text, getattr(model, "generate", partial(generate, model))
+    for tokens in run(prompts, signal, max_new_tokens, text.ends, **sampling):
+        ids.append(int(tokens[0, 0]))
+        yield text.decode(ids).rstrip("\ufffd")                                                # half a character
+    if ids[-1] not in text.ends and len(ids) < max_new_tokens:
+        raise UserError(f"cut: all {model.config.max_position_embeddings} positions of the model are used")
+
+
 def ask(model, images, question, max_new_tokens=128, **sampling):
     """images: a file, a PIL image, a list of them, or None -> the answer. sampling: as generate takes it"""
     images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
@@ -246,17 +260,23 @@ def reconstruct(tokenizer, image):
 
 
 @torch.no_grad()
-def attention(model, question, image):
-    """Attention of the token before the answer, on the picture's codes -> (layers, 1, heads, G*G)"""
-    (ids,), signal = encode_prompts(model, [(question, [image])])
+def attention(model, question, images, raw=False, history=()):
+    """Attention of the token before the answer, on the codes of n pictures -> (layers, 1, heads, n*G*G)"""
+    (ids,), signal = encode_prompts(model, [(question, images)], raw, history)
     maps, layers = [], [block.self_attn for block in model.model.layers]
     for layer in layers:
         layer.recorded_maps = maps
     model.hidden(Streams.from_ids([ids], model.config).to(model.lm_head.weight.device), signal)
     for layer in layers:
         layer.recorded_maps = None
-    code_positions = (ids[:, 0] >= model.config.vocab_size).nonzero()[1:-1, 0]                # neither BOI nor EOI
-    return torch.stack([m[:, :, -1, code_positions] for m in maps]).float().cpu()
+    codes = ids[:, 0] - model.config.vocab_size
+    is_code = (codes >= 0) & (codes < model.config.codes)                                     # neither BOI nor EOI
+    return torch.stack([m[:, :, -1, is_code] for m in maps]).float().cpu()
+
+
+def as_seen(model, image):
+    """-> the picture as CLIP sees it, a square with borders, as a PIL image"""
+    return to_picture(to_rgb(prepare(open_image(image), model.tokenizers.image.config.resolution)))
 
 
 # ---------------------------------------------------------------- the command line
@@ -276,6 +296,10 @@ def options():
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
     g.add_argument("--attention", type=cli.writable_file, metavar="FILE", help="with one --image and a question: "
                    "heat maps of each layer's attention on the picture before the answer, and Fig. 7's differences")
+    g.add_argument("--web", action="store_true", default=None, help="open a page to chat in, and to draw in with a "
+                   "pretrained model; needs the package gradio")
+    g.add_argument("--host", help="address of --web; None: 127.0.0.1, which only this machine reaches")
+    g.add_argument("--port", type=bounded(int, 1, 65535), help="of --web; None: 7860, or the next one that is free")
     g.add_argument("--out", type=cli.writable_file, metavar="FILE", help="None: out.png, or answers.jsonl for --batch")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
@@ -327,8 +351,10 @@ def main():
         answer_file(model, args, prompts, sampling)
     elif args.caption is not None:
         answer(model, [(None, [args.caption])], args.max_new_tokens, out=sys.stdout, **sampling)
+    elif args.web:
+        open_page(model, args, sampling)
     elif args.question is None:
-        chat(model, args.image, args.max_new_tokens, **sampling)
+        chat(partial(answer, model, max_new_tokens=args.max_new_tokens, out=sys.stdout, **sampling), args.image)
     else:
         answer_question(model, args, sampling)
     if picture:
@@ -337,15 +363,16 @@ def main():
 
 def check_options(args):
     """Refuse options that do not go together or that the job does not use; fill in the default temperature."""
-    names = ("draw", "complete", "reconstruct", "batch", "caption")
+    names = ("draw", "complete", "reconstruct", "batch", "caption", "web")
     jobs = [f"--{name}" for name in names if getattr(args, name) is not None]
     jobs += ["a question"] if args.question is not None else [] if jobs else ["a chat"]
     if len(jobs) > 1:
         raise UserError(f"one thing at a time: {' and '.join(jobs)}")
     used_by = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
-               "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch"),
+               "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch", "--web"),
                "rows": ("--complete",), "verbose": ("a question",), "batch_size": ("--batch",),
-               "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption")}
+               "host": ("--web",), "port": ("--web",),
+               "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption", "--web")}
     for name, users in used_by.items():
         if getattr(args, name) and jobs[0] not in users:
             raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {jobs[0]}")
@@ -380,13 +407,12 @@ def answer_question(model, args, sampling):
 
 def show_attention(model, question, image, path):
     """Print the differences of Fig. 7 layer by layer; save heat maps and a plot of them."""
-    maps = attention(model, question, image)
+    maps = attention(model, question, [image])
     cross, inner = (x.tolist() for x in attention_difference(maps))
     print("layer  cross-layer  inner-layer")
     for layer, (a, b) in enumerate(zip(cross, inner)):
         print(f"{layer:5}  {a:11.4f}  {b:11.4f}")
-    pixels = prepare(open_image(image), model.tokenizers.image.config.resolution)
-    save(plot_attention(to_picture(to_rgb(pixels)), maps, cross, inner).savefig, path)
+    save(plot_attention(as_seen(model, image), maps, cross, inner).savefig, path)
 
 
 def answer_file(model, args, prompts, sampling):
@@ -408,42 +434,16 @@ def answer_file(model, args, prompts, sampling):
         print(f"(cut: all positions are used: lines {', '.join(map(str, cut_lines[:9]))})", file=sys.stderr)
 
 
-def with_answer(entry, words):
-    """The entry and the answer; what the entry has under `answer` is kept as `given_answer`."""
-    name = "answer"
-    while name in entry:
-        name = f"given_{name}"
-    return entry | {name: entry.get("answer")} | {"answer": words}
-
-
-def chat(model, images, max_new_tokens, **sampling):
-    """Turns with history, as in Fig. 6"""
-    turns, pictures = [], list(images)                    # pictures of all turns, the next one included
-    for path in images:
-        open_image(path)                                  # an unreadable one is reported before the first question
-    sys.stdin.reconfigure(errors="replace")
-    print("Ask. /image FILE shows a picture, /reset forgets everything, Ctrl-D leaves.")
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        try:
-            if line == "/reset":
-                turns, pictures = [], []
-            elif line.startswith("/image "):
-                open_image(path := line.removeprefix("/image ").strip())
-                pictures.append(path)
-            elif re.fullmatch(r"/\w*", line):
-                print("There is /image FILE and /reset.")
-            elif line:
-                (words, _, _), = answer(model, [(line, pictures)], max_new_tokens, history=turns, out=sys.stdout,
-                                        **sampling)
-                turns.append((line, len(pictures) - sum(n for _, n, _ in turns), words))
-        except UserError as error:
-            print(f"{error} (/reset begins anew)")
-        except KeyboardInterrupt:                         # stops this answer
-            print()
+def open_page(model, args, sampling):
+    """The page with what this model can do. A pretrained Libra, whose recipe.json names a LLaMA, draws and describes,
+    and a tuned one chats. The authors' folders have no recipe.json: they chat and draw. Other systems only chat."""
+    path, is_libra = Path(args.model) / "recipe.json", isinstance(model, Libra)
+    recipe = read_json(path) if path.is_file() else {}
+    args.raw = args.raw or is_libra and "llm" in recipe
+    draws = is_libra and (not recipe or "llm" in recipe)
+    jobs = [stream] + [attention, as_seen] * is_libra + [draw, complete] * draws
+    serve({job.__name__: partial(job, model) for job in jobs}, args, sampling,
+          grid=model.config.image_feature_resolution if is_libra else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """Where a model looks on a picture (Fig. 4, 7): how much layers and heads differ, and heat maps of each layer."""
+from PIL import Image
+
 from common.plots import new_figure, plot_curves, show_pictures
 
 
@@ -23,3 +25,9 @@ def plot_attention(picture, maps, cross, inner):
     plot_curves(lower.subplots(), {"cross-layer difference": cross, "inner-layer difference": inner}, "layer",
                 "mean absolute difference")
     return figure
+
+
+def overlay(picture, heat):
+    """heat: (n, n), scaled by its maximum and laid over a PIL image in red -> a PIL image"""
+    opacity = Image.fromarray((215 * heat / heat.max()).byte().numpy())
+    return Image.composite(Image.new("RGB", picture.size, "red"), picture, opacity.resize(picture.size))

@@ -63,3 +63,11 @@ def read_prompts(path):
             raise UserError(f"{where}: {image}: no such file")
         prompts.append((number, entry))
     return prompts
+
+
+def with_answer(entry, words):
+    """The entry and the answer; what the entry has under `answer` is kept as `given_answer`."""
+    name = "answer"
+    while name in entry:
+        name = f"given_{name}"
+    return entry | {name: entry.get("answer")} | {"answer": words}

@@ -8,10 +8,9 @@ from contextlib import suppress
 from test_benchmarks import ANNOTATIONS, FILES, PICTURES, save
 
 from benchmarks.files import read, score, write
-from common.entries import read_prompts
+from common.entries import read_prompts, with_answer
 from common.weights import UserError
 from evaluate import kept_files, read_kept, what_is_asked
-from generate import with_answer
 
 VALUES = [None, True, 0, -1, 5, 10 ** 20, 1.5, float("inf"), float("nan"), "", "x", "yes", "../x", "/etc/hosts",
           "a\x00b", "\ud800", "\u2028", "5" * 300, [], [[]], {}, {"a": 1}, [None], ["x"], "1", "🙂"]

@@ -9,6 +9,7 @@ from scripts import run
 
 from common.pictures import open_image
 from common.weights import read_folder, weight_files
+from generate import stream
 from monolithic import open_model, shared
 from tokenizer import ClipViT
 
@@ -30,6 +31,9 @@ def test_it_answers_and_is_scored(toy, tmp_path, name, kind):
     run("generate.py", *model, "--batch", tmp_path / "in.jsonl", "--max-new-tokens 4 --out", tmp_path / "out.jsonl")
     answers = [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers[0] == alone["answer"] and len(answers) == 2
+    opened = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None), torch.device("cpu"))
+    *_, words = stream(opened, "What is it?", [image], 4)
+    assert words == alone["answer"]
     said = run("generate.py", *model, "--draw cat --out", tmp_path / "x.png", ok=False)
     assert f"a {kind} only answers" in said
     files = [toy / f"eval/held_out_{part}.json" for part in ("questions", "annotations")]

@@ -12,9 +12,8 @@ from test_benchmarks import FILES, MMBENCH, MMVP, PICTURE, POPE, SEED, humans, p
 import evaluate
 from benchmarks.files import TASKS, read, score, write
 from benchmarks.scores import average, caption_tokens, cider
-from common.entries import read_prompts
+from common.entries import read_prompts, with_answer
 from common.weights import UserError
-from generate import with_answer
 
 ORDERS = {"as it is": lambda entries, rng: entries, "shuffled": lambda entries, rng: rng.sample(entries, len(entries)),
           "in part": lambda entries, rng: rng.sample(entries, len(entries))[:5]}

@@ -93,7 +93,7 @@ def run_row(args, row, seed):
         "captions": score("statements", [captions], toy / "eval", prompt=DESCRIBE)["score"],
         "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": perplexity(tuned),
         "minutes": minutes, "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
-    maps = [attention(tuned, question["question"], toy / f"eval/images/{question['image_id']:012d}.png")
+    maps = [attention(tuned, question["question"], [toy / f"eval/images/{question['image_id']:012d}.png"])
             for question in read_json(questions)["questions"][:100]]
     result["differences"] = [x.tolist() for x in attention_difference(torch.cat(maps, dim=1))]         # Fig. 4
     if row not in ("a", "b"):                             # these two do not learn to predict ids

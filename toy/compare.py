@@ -199,7 +199,8 @@ def write_table(args):
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
-    lines += [[name, *(mean_cell(finished(args, row), name, digits) for row in rows)] for name, digits in COLUMNS.items()]
+    lines += [[name, *(mean_cell(finished(args, row), name, digits) for row in rows)]
+              for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
     for name, digits in COSTS.items():
