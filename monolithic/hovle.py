@@ -157,7 +157,7 @@ class Embedder(nn.Module):
 
 
 class HoVLE(Embedder):
-    generate, forward = shared.generate, shared.next_token_loss
+    read, generate, forward = shared.read, shared.generate, shared.next_token_loss
 
     def __init__(self, base, pre):
         super().__init__(base, pre)

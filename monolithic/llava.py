@@ -37,7 +37,8 @@ class LlavaConfig(LlamaConfig):
 
 
 class Llava(Llama):
-    generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read, generate = shared.read, shared.generate
+    forward, row_lengths = shared.next_token_loss, shared.row_lengths
 
     def __init__(self, config):
         super().__init__(config)

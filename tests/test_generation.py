@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from common.sampling import Sampler
+from common.sampling import Sampler, place_in_image
 from common.weights import UserError
 from generate import (
     answer,
@@ -18,7 +18,6 @@ from generate import (
     forward,
     generate,
     new_caches,
-    place_in_image,
     prefill,
     reconstruct,
 )
@@ -198,7 +197,7 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).log_softmax(0)
     many = 20_000
     draw = lambda **options: torch.bincount(  # noqa: E731
-        Sampler(many, **options)(logits.expand(many, -1), range(many)), minlength=5) / many
+        Sampler(**options)(logits.expand(many, -1), range(many)), minlength=5) / many
     assert (draw(temperature=1.0) - logits.exp()).abs().max() < 0.015
     assert (draw(temperature=0.5) - (2 * logits).softmax(0)).abs().max() < 0.015
     two = draw(temperature=1.0, top_k=2)
@@ -208,7 +207,7 @@ def test_sampling_follows_the_distribution():
     assert draw(temperature=1.0, top_p=1e-9)[0] == 1 and draw()[0] == 1
     assert torch.equal(draw(temperature=1.0, seed=5), draw(temperature=1.0, seed=5))
     with pytest.raises(UserError, match="top_p"):
-        Sampler(1, temperature=1.0, top_p=0.0)
+        Sampler(temperature=1.0, top_p=0.0)
 
 
 def test_ask(tmp_path):
@@ -286,7 +285,7 @@ def test_an_answer_that_is_cut(tmp_path, capsys):
     prompts, _ = encode_prompts(model, rows)
     model.config.max_position_embeddings = max(map(len, prompts)) + 3
     (_, first, cut_first), (_, second, cut_second) = answer(model, rows, 5)
-    assert (first, cut_first, second, cut_second) == (5, False, 4, True)      # three tokens, then </s>
+    assert (first, cut_first, second, cut_second) == (5, False, 3, True)
     assert answer(model, rows[1:], 5, out=sys.stdout)[0][1:] == (3, True)
     assert f"all {model.config.max_position_embeddings} positions" in capsys.readouterr().err
     assert answer(model, rows[1:], 2)[0][1:] == (2, False)

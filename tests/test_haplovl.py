@@ -166,7 +166,7 @@ def answer(model, prompts, pictures, n=6, **sampling):
 
 @torch.no_grad()
 def uncached(model, prompt, pictures, n=6, **sampling):
-    ids, sampler = list(prompt), Sampler(1, **sampling)
+    ids, sampler = list(prompt), Sampler(**sampling)
     for _ in range(n):
         batch, _ = batch_of(model, [ids], pictures)
         ids.append(int(sampler(model.lm_head(model.hidden(batch.ids, batch)[:, -1])[:, :88], [0])))

@@ -131,7 +131,7 @@ def answer(model, prompts, pictures, n=8, **sampling):
 
 @torch.no_grad()
 def uncached(model, prompt, pictures, n=8, **sampling):
-    ids, sampler = list(prompt), Sampler(1, **sampling)
+    ids, sampler = list(prompt), Sampler(**sampling)
     for _ in range(n):
         batch, _ = batch_of(model, [ids], pictures)
         ids.append(int(sampler(model.lm_head(model.hidden(batch.ids, batch)[:, -1])[:, :90], [0])))

@@ -146,10 +146,10 @@ def test_generate(toy, base, tuned, tmp_path):
     picture = toy / "chats/images/000000.jpg"
     few = "--max-new-tokens 5"
     run("generate.py", "--model", tuned, "--image", picture, few, "What?")
-    line = json.loads(run("generate.py", "--model", tuned, "--image", picture, few, "--json", "What?").splitlines()[-1])
+    line = json.loads(run("generate.py", "--model", tuned, "--image", picture, few, "--json", "What?").splitlines()[-2])
     assert line["question"] == "What?" and isinstance(line["answer"], str)
     run("generate.py", "--model", base, "--caption", picture, few)
-    assert "tokens in" in run("generate.py", "--model", base, "--image", picture, few, "--raw --verbose", "red")
+    assert "tokens in" in run("generate.py", "--model", base, "--image", picture, few, "--raw", "red")
     asked = [{"id": n, "question": "What?"} | ({"image": str(picture)} if n % 2 else {}) for n in range(5)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     for size, more in ((1, ""), (4, ""), (2, "--temperature 2"), (3, "--temperature 2")):
