@@ -71,8 +71,7 @@ def main():
     check_options(args, file_groups)
     dist = engine.init_distributed(args.device, timeout=args.timeout)
     model, results = open_model(args, dist.device), []
-    rate = Rate(model)
-    how = {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
+    rate, how = Rate(model), {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
     about = how | {"model": str(args.model), "dtype": str(model.lm_head.weight.dtype), "weights": fingerprint(model)}
     for number, paths in enumerate(file_groups):
         submission = args.submission and Path(args.submission)
@@ -131,45 +130,35 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch
         "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, answers)]}
 
 
-def answer_items(model, path, items, batch=32, likelihood=False, zeroed=False, max_new_tokens=128, **how):
-    """Yields (number of an item, answer, whether the positions end before it) as answers end, on `batch` rows. path:
-    the file of the questions, for errors; how: graphs and rate, as answer_rows takes them"""
-    def where(numbers):
-        return f"{path}: among the questions {', '.join(str(items[n]['id']) for n in numbers)}"
+def answer_items(model, path, items, batch=32, likelihood=False, zeroed=False, **how):
+    """Yields (number of an item, answer, whether the positions end before it) as answers end. path: the file of the
+    questions, for errors; how: as answer_rows takes it, which has `batch` rows"""
     if likelihood:
-        for n, item in enumerate(items):
-            try:
-                yield n, likeliest_choices(model, [item], zeroed)[0], False
-            except UserError as error:
-                raise UserError(f"{where([n])}: {error}") from None
+        yield from ((n, likeliest_choice(model, item, zeroed), False) for n, item in enumerate(items))
         return
     rows = [(item["question"] or None, [item["image"]]) for item in items]
-    how |= {"where": where, "prompt": {"zeroed": zeroed}}
-    for n, (words, _, cut) in answer_rows(model, rows, batch, max_new_tokens, **how):
+    names = [f"{path}, question {item['id']}" for item in items]
+    for n, (words, _, cut) in answer_rows(model, rows, batch, names=names, zeroed=zeroed, **how):
         yield n, words, cut
 
 
 @torch.inference_mode()
-def likeliest_choices(model, items, zeroed=False):
-    """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
-    if not all(item["choices"] for item in items):
+def likeliest_choice(model, item, zeroed=False):
+    """The letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
+    if not item["choices"]:
         raise UserError("--likelihood needs a benchmark with choices")
-    letters, pictures = [], [Image.new("RGB", (64, 64)) if zeroed else item["image"] for item in items]
+    losses, picture = {}, Image.new("RGB", (64, 64)) if zeroed else item["image"]
     if isinstance(model, Libra):
-        codes, signal = encode_images(model, [item["image"] for item in items], zeroed=zeroed)
-    for n, item in enumerate(items):
-        losses = {}
-        for letter, words in item["choices"].items():
-            ids, loss_mask = model.tokenizers.text.chat([(item["question"], 1, words)])
-            if isinstance(model, Libra):
-                ids, loss_mask = expand_images(ids, loss_mask, [codes[n]], model.config)
-                streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
-                loss = model.loss(streams, signal[n:n + 1])
-            else:
-                loss = answer_loss(model, ids, loss_mask, pictures[n])
-            losses[letter] = float(check_finite(loss))
-        letters.append(min(losses, key=losses.get))
-    return letters
+        codes, signal = encode_images(model, [item["image"]], zeroed=zeroed)
+    for letter, words in item["choices"].items():
+        ids, loss_mask = model.tokenizers.text.chat([(item["question"], 1, words)])
+        if isinstance(model, Libra):
+            ids, loss_mask = expand_images(ids, loss_mask, codes, model.config)
+            loss = model.loss(Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device), signal)
+        else:
+            loss = answer_loss(model, ids, loss_mask, picture)
+        losses[letter] = float(check_finite(loss))
+    return min(losses, key=losses.get)
 
 
 def swapped_images(items):

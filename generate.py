@@ -37,36 +37,29 @@ from tokenizer import ImageTokenizer, prepare, to_picture, to_rgb
 # ---------------------------------------------------------------- token by token
 
 @torch.inference_mode()
-def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=True, **sampling):
+def generate(model, prompts, signal=None, max_new_tokens=128, graphs=True, **sampling):
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
-    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` (an id,
-    or several), or is at the end of the positions, repeats it; when all have, generation ends. sampling: see Sampler.
+    codebook's head; after G*G codes EOI; after EOI the newline; else text. It ends with the positions of the longest
+    row. For answers, which end, see answer_rows. sampling: see Sampler.
     """
-    c, like, stop = model.config, model.lm_head.weight, [stop] if isinstance(stop, int) else stop
+    c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
         raise UserError("generate: at least one prompt with a token in it, and max_new_tokens of 1 or more")
     places = [place_in_image(prompt, c) for prompt in prompts]
-    limits = [tokens_allowed(len(prompt), place, max_new_tokens, c) for prompt, place in zip(prompts, places)]
-    max_new_tokens = min(limits) if stop is None else max(limits)
+    max_new_tokens = min(tokens_allowed(len(ids), place, max_new_tokens, c) for ids, place in zip(prompts, places))
     caches = new_caches(c, prompts, places, max_new_tokens, like)
     sampler, steps = Sampler(**sampling), {}
-    done = torch.zeros(len(prompts), dtype=torch.bool)
     hidden = prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, caches)
     for number in range(max_new_tokens):
         tokens = next_tokens(model, hidden, places, sampler)
-        if stop is not None:
-            done |= torch.tensor(limits) <= number
-            tokens[done] = stop[0]
-            done |= torch.isin(tokens[:, 0], torch.tensor(stop))
         yield tokens
-        if done.all() or number == max_new_tokens - 1:
+        if number == max_new_tokens - 1:
             return
         places = [None if place in (None, c.image_tokens - 1) else place + 1 for place in places]
         in_image = tuple(place is not None for place in places)
-        is_image = torch.tensor(in_image)                 # a finished row inside an image is fed any code
-        tokens = torch.where((done & is_image)[:, None], c.vocab_size, tokens)
+        is_image = torch.tensor(in_image)
         if in_image not in steps:                         # one for each pattern of modalities among the rows
             streams = Streams.from_ids(list(tokens[:, None]), c).to(like.device)
             steps[in_image] = Step(partial(forward, model, streams, None, caches), streams, caches, graphs)
@@ -163,12 +156,12 @@ def read_rows(model, rows, max_new_tokens=1, raw=False, history=(), zeroed=False
     return prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, caches), [caches[TEXT]], room
 
 
-def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, where=None, rate=None, graphs=True, prompt=None,
-                **sampling):
+def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, names=None, rate=None, graphs=True, raw=False,
+                history=(), zeroed=False, **sampling):
     """Rows as `answer` takes them, so many at a time. Yields (number of a row, what `answer` returns of it) as answers
-    end. where(numbers) -> words for an error; rate: a Rate to add to; prompt: options of read_rows"""
-    text, written = model.tokenizers.text, ""
-    head, step = model.lm_head.weight, lambda ids, caches: model.hidden_states(ids, *caches)
+    end. names: of the rows, for errors; rate: a Rate to add to; the rest: as `answer` and Sampler take it"""
+    text, head, written = model.tokenizers.text, model.lm_head.weight, ""
+    step = lambda ids, caches: model.hidden_states(ids, *caches)
     if not isinstance(model, Libra):                      # only tokens of the text, so no <image>
         head, step = head[:text.vocab_size], lambda ids, caches: model.hidden(ids, None, caches)
 
@@ -177,9 +170,9 @@ def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, where=None
 
     def read(numbers, prepared_rows):
         try:
-            return read_rows(model, [row.result() for row in prepared_rows], max_new_tokens, **prompt or {})
+            return read_rows(model, [row.result() for row in prepared_rows], max_new_tokens, raw, history, zeroed)
         except UserError as error:
-            raise UserError(f"{where(numbers)}: {error}" if where else str(error)) from None
+            raise UserError(f"{error}; among {', '.join(names[n] for n in numbers)}" if names else str(error)) from None
 
     prompts, n_rows = prepare_ahead(prepared, rows, n_rows), min(n_rows, len(rows))
     for number, ids, ended in write_texts(read, step, partial(linear, weight=head), prompts, n_rows, max_new_tokens,
@@ -193,15 +186,14 @@ def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, where=None
             yield number, (text.decode(ids), len(ids), ids[-1] not in text.ends and len(ids) < max_new_tokens)
 
 
-def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False, out=None, rate=None, **sampling):
+def answer(model, rows, max_new_tokens=128, raw=False, out=None, **how):
     """rows: (question, pictures), where None continues the pictures as in pretraining, without a chat -> for each row
     its answer, the number of tokens, and whether it was cut because the positions end
 
-    raw: no chat, the question itself is continued; history: earlier turns (question, number of pictures, answer), whose
-    pictures come first; zeroed: hide the pictures; out: a file for the words of one row as they come.
+    raw: no chat, the question itself is continued; out: a file for the words of one row as they come; how: history,
+    earlier turns (question, number of pictures, answer), whose pictures come first; zeroed, hide the pictures; ...
     """
-    answers = dict(answer_rows(model, rows, len(rows), max_new_tokens, out, None, rate, **sampling,
-                               prompt={"raw": raw, "history": history, "zeroed": zeroed}))
+    answers = dict(answer_rows(model, rows, len(rows), max_new_tokens, out, raw=raw, **how))
     if out and answers[0][2]:
         print(f"(cut: all {model.config.max_position_embeddings} positions of the model are used)", file=sys.stderr)
     return [answers[number] for number in range(len(rows))]

@@ -153,7 +153,7 @@ class KVCache:
 
     def __init__(self, config, rows, length, like):
         """length: most positions of a row; like: a tensor of the wanted device and dtype"""
-        self.resized = lambda rows, length: KVCache(config, rows, length, like)               # an empty one of its kind
+        self.empty = lambda rows, length: KVCache(config, rows, length, like)     # -> another one of the same model
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.keys, self.values = like.new_zeros(shape).unbind(), like.new_zeros(shape).unbind()
         self.lengths, self.filled = [0] * rows, 0                                 # of each row; of the longest
@@ -180,7 +180,8 @@ class KVCache:
             self.next = torch.tensor(counts, device=self.places.device)[:, None, None]
         else:
             self.next += 1                                # in place: a CUDA graph reads it at this address
-        self.set_lengths([length + count for length, count in zip(self.lengths, counts)])
+        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        self.lengths_changed()
 
     def replace(self, rows, other=None):
         """The rows of another cache take the place of these; None: these rows are empty again."""
@@ -190,15 +191,16 @@ class KVCache:
         self.next[index] = 0 if other is None else other.next
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values) if other else ()):
             mine[index, :, :other.filled] = theirs[:, :, :other.filled]
-        new = dict(zip(rows, other.lengths if other else [0] * len(rows)))
-        self.set_lengths([new.get(row, length) for row, length in enumerate(self.lengths)])
+        for row, length in zip(rows, other.lengths if other else [0] * len(rows)):
+            self.lengths[row] = length
+        self.lengths_changed()
 
-    def set_lengths(self, lengths):
-        self.lengths, self.filled = lengths, max(lengths)
+    def lengths_changed(self):
+        self.filled = max(self.lengths)
         if self.fixed:
             self.mask.copy_((self.places <= self.next)[:, None])
         else:
-            alike = min(lengths) == self.filled
+            alike = min(self.lengths) == self.filled
             self.mask = None if alike else (self.places[:self.filled + 1] <= self.next)[:, None]
 
     def fix_shapes(self):

@@ -3,6 +3,7 @@ import resource
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -10,8 +11,7 @@ import torch
 
 from common.sampling import Step, check_finite
 
-LOOK_EVERY = {"cuda": 8}       # steps: to read ids from a GPU is to wait for it
-ROUND = 64                     # positions: buffers that have to grow seldom do
+LOOK_EVERY = {"cuda": 8}       # steps at most: to read ids from a GPU is to wait for it
 
 
 class Rate:
@@ -22,8 +22,7 @@ class Rate:
         unread = "vision", "embed_tokens", "text_embeddings", "patch", "pos_embed", "mm_projector", "pixel_shuffle"
         self.weights = sum(p.nbytes for name, p in model.named_parameters(remove_duplicate=False)
                            if not any(part in name for part in unread))
-        self.device = model.lm_head.weight.device
-        self.read = self.written = self.steps = 0         # tokens, tokens, readings of the weights
+        self.device, self.read, self.written, self.steps = model.lm_head.weight.device, 0, 0, 0       # tokens; steps
         self.prefill = self.decoding = 1e-9               # seconds
 
     def __str__(self):
@@ -38,12 +37,11 @@ class Rate:
 def prepare_ahead(prepare, items, ahead):
     """Yields futures of prepare(item) for the items in order. Threads work on them, so many ahead of the caller."""
     with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        waiting = deque()
-        for item in items:
-            waiting.append(threads.submit(prepare, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft()
-        yield from waiting
+        futures = (threads.submit(prepare, item) for item in items)
+        waiting = deque(islice(futures, ahead))
+        while waiting:
+            yield waiting.popleft()
+            waiting.extend(islice(futures, 1))
 
 
 @torch.inference_mode()
@@ -54,85 +52,62 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
     read(numbers, prompts) -> hidden states (n, D) of their last tokens, caches that hold them, how many tokens may
     follow each; step(ids (B, 1), caches) -> (B, 1, D); head(hidden states) -> logits; rate: a Rate, which is added to
     """
-    prompts = enumerate(prompts)
-    rows = Rows(read, step, head, n_rows, max_new_tokens, stop, sampler, rate, graphs)
+    prompts, texts, caches = enumerate(prompts), {}, []   # texts: {row: (number, ids, how many at most)}
+    last = torch.zeros(n_rows, dtype=torch.long, device=rate.device)          # each row's last id
+    look_every = 1 if sampler.temperature else LOOK_EVERY.get(rate.device.type, 1)
     while True:
-        began, free = time.perf_counter(), rows.numbers.count(None)
-        new = list(islice(prompts, free)) if 4 * free >= n_rows else []       # several are read faster than one by one
+        began, rows = time.perf_counter(), [row for row in range(n_rows) if row not in texts]
+        # Several prompts are read faster together, so free rows wait until they are a quarter of all.
+        new = list(islice(prompts, len(rows))) if 4 * len(rows) >= n_rows else []
         if new:
-            yield from rows.take(new, began)
-        elif free < n_rows:
-            yield from rows.write()
+            (numbers, asked), rows = zip(*new), rows[:len(new)]
+            hidden, read_caches, room = read(numbers, asked)
+            most = [min(max_new_tokens, tokens) for tokens in room]
+            if place(read_caches, caches, rows, n_rows, max(most) + look_every):
+                fed = SimpleNamespace(text_ids=last.clone(), image_ids=last[:0])
+                next_hidden = Step(partial(step, fed.text_ids[:, None], caches), fed, dict(enumerate(caches)), graphs)
+            texts |= {row: (number, [], tokens) for row, number, tokens in zip(rows, numbers, most)}
+            n_steps = 0
+            rate.read += sum(read_caches[-1].lengths)
+        elif texts:
+            for cache in caches:
+                cache.replace(rows)                       # a free row must not run out of its buffer
+            rows, n_steps = list(texts), min(max(1, 2 * n_steps), look_every)                 # new ones may end soon
+            rate.steps += n_steps
         else:
             return
-
-
-class Rows:
-    """Of write_texts. numbers: of the prompt in each row, None in a free one; texts: ids so far, how many at most"""
-
-    def __init__(self, read, step, head, n_rows, max_new_tokens, stop, sampler, rate, graphs):
-        self.read, self.run, self.head, self.sampler, self.rate, self.graphs = read, step, head, sampler, rate, graphs
-        self.max_new_tokens, self.stop, self.numbers, self.texts = max_new_tokens, stop, [None] * n_rows, {}
-        self.caches, self.step = None, None
-        self.ids = torch.zeros(n_rows, dtype=torch.long, device=rate.device)  # the last of each row
-        self.look_every = 1 if sampler.temperature else LOOK_EVERY.get(rate.device.type, 1)
-
-    def take(self, new, began):
-        """New prompts with their numbers, into free rows"""
-        numbers, prompts = zip(*new)
-        hidden, caches, room = self.read(numbers, prompts)
-        free = [row for row, number in enumerate(self.numbers) if number is None][:len(new)]
-        self.fill(free, caches, min(self.max_new_tokens, max(room)) + self.look_every)
-        ids, largest = self.sampler.choose(self.head(hidden), numbers)
+        index, numbers, chosen = torch.tensor(rows, device=last.device), [texts[row][0] for row in rows], []
+        for _ in range(n_steps or 1):
+            hidden = hidden if new else next_hidden(last, last[:0])[index]
+            chosen.append(sampler.choose(head(hidden), numbers))
+            last[index] = chosen[-1][0]
+        new_ids, largest = (torch.stack(values, dim=1) for values in zip(*chosen))            # (rows, steps)
         check_finite(largest)
-        self.ids[free] = ids
-        for row, number, token, most in zip(free, numbers, ids.tolist(), room):
-            self.numbers[row], self.texts[row] = number, ([token], min(self.max_new_tokens, most))
-        self.rate.read += sum(caches[-1].lengths)
-        self.rate.prefill += time.perf_counter() - began
-        return self.hand_out(free, [[]] * len(free))
-
-    def fill(self, rows, caches, room):
-        """Copy what was read; buffers without room for it and what may follow are replaced by longer ones."""
-        n_rows = len(self.numbers)
-        self.caches = self.caches or [cache.resized(n_rows, 0) for cache in caches]
-        for n, cache in enumerate(caches):
-            if len(self.caches[n].places) < cache.filled + room:
-                old, length = self.caches[n], -(-(cache.filled + room) // ROUND) * ROUND
-                self.caches[n], self.step = old.resized(n_rows, length), None
-                self.caches[n].replace(list(range(n_rows)), old)
-            self.caches[n].replace(rows, cache)
-        if self.step is None:
-            new, all_caches = SimpleNamespace(text_ids=self.ids.clone(), image_ids=self.ids[:0]), self.caches
-            self.step = Step(lambda: self.run(new.text_ids[:, None], all_caches), new,
-                             dict(enumerate(all_caches)), self.graphs)
-
-    def write(self):
-        """A token more for each text, on a GPU several: those behind an end are never handed out"""
-        began, steps = time.perf_counter(), []
-        for cache in self.caches:                         # a free row must not run out of its buffer
-            cache.replace([row for row, number in enumerate(self.numbers) if number is None])
-        rows = [row for row, number in enumerate(self.numbers) if number is not None]
-        index, numbers = torch.tensor(rows, device=self.ids.device), [self.numbers[row] for row in rows]
-        for _ in range(self.look_every):
-            hidden = self.step(self.ids, self.ids[:0])[index]
-            steps.append(self.sampler.choose(self.head(hidden), numbers))
-            self.ids[index] = steps[-1][0]
-        ids, largest = (torch.stack(values, dim=1) for values in zip(*steps))                 # (rows, steps)
-        check_finite(largest)
-        ids = ids.tolist()
-        self.rate.steps += self.look_every
-        self.rate.decoding += time.perf_counter() - began
-        return self.hand_out(rows, ids)
-
-    def hand_out(self, rows, new):
-        """new: a list of ids for each row. Yields what write_texts does, and frees the rows of ended texts"""
-        for row, more in zip(rows, new):
-            number, (ids, most) = self.numbers[row], self.texts[row]
-            for token in more:
-                if ids[-1] not in self.stop and len(ids) < most:
-                    ids.append(token)
-                    self.rate.written += 1
-            ended = ids[-1] in self.stop or len(ids) == most
-            self.numbers[row] = None if ended else number
+        new_ids = new_ids.tolist()
+        seconds = time.perf_counter() - began
+        rate.prefill, rate.decoding = rate.prefill + seconds * bool(new), rate.decoding + seconds * (not new)
+        for row, tokens in zip(rows, new_ids):
+            number, ids, most = texts[row]
+            n = next((n for n, token in enumerate(tokens, 1) if token in stop), len(tokens))
+            tokens = tokens[:min(n, most - len(ids))]     # what stands behind the end is dropped
+            ids += tokens
+            rate.written += 0 if new else len(tokens)
+            if ended := ids[-1] in stop or len(ids) == most:
+                del texts[row]
             yield number, ids, ended
+
+
+def place(new, caches, rows, n_rows, room):
+    """Copy new caches into these rows of the others, which are replaced by longer ones if they lack room for the new
+    rows and so many tokens behind them. -> whether they were"""
+    before = list(caches)
+    for n, cache in enumerate(new):
+        length = -(-(cache.filled + room) // 64) * 64     # in steps, so that it happens seldom
+        if not before or len(caches[n].places) < length:
+            longer = cache.empty(n_rows, length)
+            if before:
+                longer.replace(list(range(n_rows)), caches[n])
+            caches[n:n + 1] = [longer]
+        caches[n].replace(rows, cache)
+    return caches != before
+

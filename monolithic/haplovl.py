@@ -126,8 +126,7 @@ class PreDecoder(nn.Module):
 
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
-    read, generate = shared.read, shared.generate
-    forward, row_lengths = shared.next_token_loss, shared.row_lengths
+    read, forward, row_lengths = shared.read, shared.next_token_loss, shared.row_lengths
 
     def __init__(self, base, pre):
         super().__init__(base, pre)

@@ -157,7 +157,7 @@ class Embedder(nn.Module):
 
 
 class HoVLE(Embedder):
-    read, generate, forward = shared.read, shared.generate, shared.next_token_loss
+    read, forward = shared.read, shared.next_token_loss
 
     def __init__(self, base, pre):
         super().__init__(base, pre)

@@ -37,8 +37,7 @@ class LlavaConfig(LlamaConfig):
 
 
 class Llava(Llama):
-    read, generate = shared.read, shared.generate
-    forward, row_lengths = shared.next_token_loss, shared.row_lengths
+    read, forward, row_lengths = shared.read, shared.next_token_loss, shared.row_lengths
 
     def __init__(self, config):
         super().__init__(config)

@@ -137,19 +137,6 @@ def test_a_batch_of_texts_and_drawings():
         assert torch.equal(together[row], stack(generate(model, [prompt], signal, 12))[0])
 
 
-def test_a_drawing_at_its_end_beside_text():
-    """A row whose positions end inside a picture's closing says `stop` while another row writes on"""
-    model, g = tiny.libra(), torch.Generator().manual_seed(13)
-    c = model.config
-    drawing = torch.cat([tiny.text_ids(c, c.max_position_embeddings - 5, g), tiny.image_ids(c, 0)])
-    text, stop = tiny.interleaved(c, 0, g), 2
-    together = stack(generate(model, [drawing, text], None, 30, stop=[stop]))
-    for row, prompt in zip(together, (drawing, text)):
-        alone = stack(generate(model, [prompt], None, 30, stop=[stop]))[0]
-        assert torch.equal(row[:len(alone)], alone) and (row[len(alone):] == stop).all()
-    assert (together[0, :4] >= c.vocab_size).all() and (together[0, 4:] == stop).all()
-
-
 def test_recorded_steps_say_the_same(monkeypatch):
     """What a GPU replays as a graph: whole buffers under a mask, inputs and outputs at fixed places"""
     model, g, recordings = tiny.libra().eval(), torch.Generator().manual_seed(3), []
@@ -170,13 +157,8 @@ def test_recorded_steps_say_the_same(monkeypatch):
     assert torch.equal(stack(generate(model, prompts, signal, 12, graphs=False)), plain) and len(recordings) == 3
 
 
-def test_stop_and_room():
+def test_room():
     model, g = tiny.libra(), torch.Generator().manual_seed(12)
-    prompt = tiny.interleaved(model.config, 0, g)
-    free = stack(generate(model, [prompt], None, 10))[0, :, 0].tolist()
-    stop = free[3]
-    stopped = stack(generate(model, [prompt], None, 10, stop=[stop]))[0, :, 0].tolist()
-    assert stopped == free[:free.index(stop) + 1]
     long = tiny.text_ids(model.config, 125, g)
     assert len(list(generate(model, [long], None, 50))) == 3      # max_position_embeddings is 128
     with pytest.raises(UserError, match="too little room"):

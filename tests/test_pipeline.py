@@ -251,7 +251,7 @@ def test_evaluate(toy, base, tuned, tmp_path):
 def test_choices_by_likelihood(toy, tuned, tmp_path):
     """SEED by likelihood: the letter whose text has the least loss, against one pass of the loss for each choice"""
     from benchmarks.files import read
-    from evaluate import likeliest_choices
+    from evaluate import likeliest_choice
     from model import Libra
     from streams import Streams
     from text import expand_images
@@ -262,7 +262,7 @@ def test_choices_by_likelihood(toy, tuned, tmp_path):
     (tmp_path / "seed.json").write_text(json.dumps({"questions": questions, "question_type": {"kind": 1}}))
     items = read("seed", toy / "chats/images", tmp_path / "seed.json")
     model = Libra.from_pretrained(tuned).eval()
-    letters = likeliest_choices(model, items)
+    letters = [likeliest_choice(model, item) for item in items]
     for item, letter in zip(items, letters):
         codes, signal = encode_images(model, [item["image"]])
         losses = []
