@@ -7,7 +7,6 @@ import sys
 import tarfile
 
 import pytest
-import tiny
 import torch
 from scripts import run
 
