@@ -5,9 +5,10 @@
     python evaluate.py --task exact --data runs/toy/eval/held_out_questions.json \\
         runs/toy/eval/held_out_annotations.json --images runs/toy/eval/images        # the toy world, by kind
 
-Decoding is greedy, in batches, shared among the processes. Answers are saved as they come: after an interruption the
-same command answers only what is missing. The result is one JSON with the score, its parts and every answer. --blind
-asks about another question's picture or about none: it measures what the words alone are worth.
+Decoding is greedy, in rows that take the next question when an answer has ended; processes share the questions. Answers
+are saved as they come: after an interruption the same command answers only what is missing. The result is one JSON with
+the score, its parts and every answer. --blind asks about another question's picture or about none: it measures what the
+words alone are worth.
 """
 import argparse
 import hashlib
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from benchmarks import files as benchmarks
 from benchmarks.scores import average
-from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, require_path, run, writable_file
+from common.batching import Rate
+from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, bounded, require_path, run, writable_file
 from common.sampling import check_finite
 from common.weights import UserError, parse_json, write_json
-from generate import answer, encode_images
+from generate import answer_rows, encode_images
 from model import Libra
 from monolithic import open_model
 from monolithic.shared import answer_loss
@@ -54,9 +56,11 @@ def options():
     g.add_argument("--prompt", help="replaces every question; '' continues the picture as pretraining does, no chat")
     g.add_argument("--likelihood", action="store_true", help="answer with the likeliest choice (SEED; base models)")
     g.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
-    g.add_argument("--batch", type=POSITIVE, default=32, help="questions answered at a time")
+    g.add_argument("--batch", type=POSITIVE, default=32, help="rows, each of which answers a question at a time")
     g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
     g.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="most tokens of an answer")
+    g.add_argument("--timeout", type=bounded(float, above=0, most=10 ** 6), default=7 * 24 * 60, metavar="MIN",
+                   help="how far apart the processes may end; then a silent one counts as lost")
     add_device_options(g)
     return parser
 
@@ -65,9 +69,9 @@ def main():
     args = options().parse_args()
     file_groups = [[path] for path in args.data] if args.task == "pope" else [args.data]      # a score for each group
     check_options(args, file_groups)
-    dist = engine.init_distributed(args.device, timeout=7 * 24 * 60)          # the processes may end hours apart
+    dist = engine.init_distributed(args.device, timeout=args.timeout)
     model, results = open_model(args, dist.device), []
-    how = {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
+    rate, how = Rate(model), {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
     about = how | {"model": str(args.model), "dtype": str(model.lm_head.weight.dtype), "weights": fingerprint(model)}
     for number, paths in enumerate(file_groups):
         submission = args.submission and Path(args.submission)
@@ -75,11 +79,11 @@ def main():
             submission = submission.with_stem(f"{submission.stem}-{Path(paths[0]).stem}")
         results.append(evaluate(
             model, args.task, paths, args.images, args.prompt, args.blind, args.limit, args.batch, dist,
-            args.out and f"{args.out}.{number}", submission, about, graphs=not args.no_graphs, **how))
+            args.out and f"{args.out}.{number}", submission, about, graphs=not args.no_graphs, rate=rate, **how))
     if dist.first:
         result = average(results) | {"data": args.data, "files": results} if len(results) > 1 else results[0]
         print(json.dumps({key: result[key] for key in result if key not in ("answers", "files")}, indent=2))
-        print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |")
+        print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |\n{rate}")
         if args.out:
             write_json(args.out, result)
             for path in [path for number in range(len(results)) for path in kept_files(f"{args.out}.{number}")]:
@@ -109,7 +113,7 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch
 
     dist: of engine.init_distributed, to share the questions among processes; kept: process R keeps its answers in
     `kept`.R.jsonl as they come; submission: a path; about: the model, for which kept answers are used; how: as
-    answer_batch takes it.
+    answer_items takes it.
     """
     start, items = time.time(), benchmarks.read(task, images, *paths)[:limit or None]
     shown = swapped_images(items) if blind == "swapped" else [item["image"] for item in items]
@@ -117,8 +121,8 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch
              for item, image in zip(items, shown)]
     settings = {"task": task, "data": [str(path) for path in paths], "prompt": prompt, "blind": blind,
                 "decoding": "greedy", "limit": limit} | (about or {})
-    answer = partial(answer_batch, model, paths[0], zeroed=blind == "zeroed", **how)
-    answers, cut = zip(*answer_all(answer, asked, batch, dist, kept, settings))
+    answer = partial(answer_items, model, paths[0], batch=batch, zeroed=blind == "zeroed", **how)
+    answers, cut = zip(*answer_all(answer, asked, dist, kept, settings))
     if submission and dist.first:
         benchmarks.write(task, submission, items, answers)
     return benchmarks.score(task, items, answers) | settings | {
@@ -126,39 +130,35 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch
         "answers": [{"id": item["id"], "answer": answer} for item, answer in zip(items, answers)]}
 
 
-def answer_batch(model, path, items, likelihood=False, zeroed=False, max_new_tokens=128, graphs=True):
-    """-> [(answer, whether the positions end before it)]. path: the file of the questions, for errors"""
-    try:
-        if likelihood:
-            return [(letter, False) for letter in likeliest_choices(model, items, zeroed)]
-        rows = [(item["question"] or None, [item["image"]]) for item in items]
-        return [(words, cut) for words, _, cut in answer(model, rows, max_new_tokens, zeroed=zeroed, graphs=graphs)]
-    except UserError as error:
-        ids = ", ".join(str(item["id"]) for item in items)
-        raise UserError(f"{path}: {error}; among the questions {ids}") from None
+def answer_items(model, path, items, batch=32, likelihood=False, zeroed=False, **how):
+    """Yields (number of an item, answer, whether the positions end before it) as answers end. path: the file of the
+    questions, for errors; how: as answer_rows takes it, which has `batch` rows"""
+    if likelihood:
+        yield from ((n, likeliest_choice(model, item, zeroed), False) for n, item in enumerate(items))
+        return
+    rows = [(item["question"] or None, [item["image"]]) for item in items]
+    names = [f"{path}, question {item['id']}" for item in items]
+    for n, (words, _, cut) in answer_rows(model, rows, batch, names=names, zeroed=zeroed, **how):
+        yield n, words, cut
 
 
 @torch.inference_mode()
-def likeliest_choices(model, items, zeroed=False):
-    """For each item the letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
-    if not all(item["choices"] for item in items):
+def likeliest_choice(model, item, zeroed=False):
+    """The letter of the choice whose text, as the answer to the question, has the lowest mean loss"""
+    if not item["choices"]:
         raise UserError("--likelihood needs a benchmark with choices")
-    letters, pictures = [], [Image.new("RGB", (64, 64)) if zeroed else item["image"] for item in items]
+    losses, picture = {}, Image.new("RGB", (64, 64)) if zeroed else item["image"]
     if isinstance(model, Libra):
-        codes, signal = encode_images(model, [item["image"] for item in items], zeroed=zeroed)
-    for n, item in enumerate(items):
-        losses = {}
-        for letter, words in item["choices"].items():
-            ids, loss_mask = model.tokenizers.text.chat([(item["question"], 1, words)])
-            if isinstance(model, Libra):
-                ids, loss_mask = expand_images(ids, loss_mask, [codes[n]], model.config)
-                streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device)
-                loss = model.loss(streams, signal[n:n + 1])
-            else:
-                loss = answer_loss(model, ids, loss_mask, pictures[n])
-            losses[letter] = float(check_finite(loss))
-        letters.append(min(losses, key=losses.get))
-    return letters
+        codes, signal = encode_images(model, [item["image"]], zeroed=zeroed)
+    for letter, words in item["choices"].items():
+        ids, loss_mask = model.tokenizers.text.chat([(item["question"], 1, words)])
+        if isinstance(model, Libra):
+            ids, loss_mask = expand_images(ids, loss_mask, codes, model.config)
+            loss = model.loss(Streams.from_ids([ids], model.config, loss_mask=[loss_mask]).to(signal.device), signal)
+        else:
+            loss = answer_loss(model, ids, loss_mask, picture)
+        losses[letter] = float(check_finite(loss))
+    return min(losses, key=losses.get)
 
 
 def swapped_images(items):
@@ -174,8 +174,8 @@ def swapped_images(items):
 
 # ---------------------------------------------------------------- answers that outlast an interruption
 
-def answer_all(answer_batch, items, batch, dist, path, settings):
-    """Call answer_batch on the items without a kept answer. -> [(answer, cut)] of all items"""
+def answer_all(answer_items, items, dist, path, settings):
+    """Call answer_items on the items without a kept answer. -> [(answer, cut)] of all items"""
     asked = [what_is_asked(item) for item in items]
     answers = read_kept(path, settings) if path else {}
     missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
@@ -183,14 +183,13 @@ def answer_all(answer_batch, items, batch, dist, path, settings):
     with open(f"{path}.{dist.rank}.jsonl" if path else os.devnull, "a", encoding="utf-8",
               errors="backslashreplace") as file:
         file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete
-        for i in tqdm(range(0, len(missing), batch), desc=settings["task"], mininterval=5, disable=not dist.first):
-            numbers = missing[i:i + batch]
-            for n, (words, cut) in zip(numbers, answer_batch([items[n] for n in numbers])):
-                question, picture = asked[n]
-                entry = {"question": question, "picture": picture, "answer": words, "cut": cut}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                answers[asked[n]] = words, cut
+        new = answer_items([items[n] for n in missing])
+        for number, words, cut in tqdm(new, settings["task"], len(missing), mininterval=5, disable=not dist.first):
+            question, picture = key = asked[missing[number]]
+            entry = {"question": question, "picture": picture, "answer": words, "cut": cut}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
+            answers[key] = words, cut
     answers = dict(engine.gather_lists(list(answers.items()), dist))
     return [answers[key] for key in asked]
 

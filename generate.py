@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
+from common.batching import Rate, prepare_ahead, write_texts
 from common.cli import Help, bounded
 from common.entries import read_prompts, with_answer
 from common.page import serve
 from common.pictures import open_image
-from common.sampling import Sampler, Step, check_finite
+from common.sampling import Sampler, Step, check_finite, next_tokens, place_in_image
 from common.terminal import chat
 from common.weights import UserError, read_json
-from llama import KVCache
+from llama import KVCache, linear
 from model import Libra
 from monolithic import open_model
 from streams import IMAGE, TEXT, Streams
@@ -38,66 +39,30 @@ from tokenizer import ImageTokenizer, prepare, to_picture, to_rgb
 
 # ---------------------------------------------------------------- token by token
 
-def place_in_image(prompt, config):
-    """prompt (L, K) -> None if it ends in text, else its last token's place: BOI 0, codes 1 ... G*G, EOI G*G + 1"""
-    if prompt[-1, 0] < config.vocab_size:
-        return None
-    opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
-    assert len(opened), "image codes without a BOI before them"
-    place, eoi_place = len(prompt) - 1 - int(opened[-1]), config.image_tokens - 1
-    is_eoi = prompt[-1, 0] > config.vocab_size + config.codes
-    assert place <= eoi_place and is_eoi == (place == eoi_place), f"{place} tokens behind BOI, expected {eoi_place}"
-    return place
-
-
-def next_tokens(model, hidden, places, sampler):
-    """hidden (B, D) of the last tokens and their places -> ids (B, K) on the CPU, image ids offset by V. After the last
-    code comes EOI and after EOI the newline, whatever the heads say."""
-    c, last_code = model.config, model.config.image_tokens - 2
-    text = [row for row, place in enumerate(places) if place is None]
-    codes = [row for row, place in enumerate(places) if place is not None and place < last_code]
-    eoi = c.vocab_size + c.codes + 1
-    tokens = torch.tensor([eoi if place == last_code else c.newline_token_id for place in places])
-    tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # (B, K)
-    if text:
-        tokens[text] = sampler(model.lm_head(hidden[text]), text)[:, None]
-    if codes:
-        for k, head in enumerate(model.vision_lm_head.heads):
-            tokens[codes, k] = sampler(head(hidden[codes])[:, :c.codes], codes) + c.vocab_size
-    return tokens
-
-
 @torch.inference_mode()
-def generate(model, prompts, signal=None, max_new_tokens=128, stop=None, graphs=True, **sampling):
+def generate(model, prompts, signal=None, max_new_tokens=128, graphs=True, **sampling):
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
-    codebook's head; after G*G codes EOI; after EOI the newline; else text. A row that has produced `stop` (an id,
-    or several), or is at the end of the positions, repeats it; when all have, generation ends. sampling: see Sampler.
+    codebook's head; after G*G codes EOI; after EOI the newline; else text. It ends with the positions of the longest
+    row. For answers, which end, see answer_rows. sampling: see Sampler.
     """
-    c, like, stop = model.config, model.lm_head.weight, [stop] if isinstance(stop, int) else stop
+    c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
         raise UserError("generate: at least one prompt with a token in it, and max_new_tokens of 1 or more")
     places = [place_in_image(prompt, c) for prompt in prompts]
-    limits = [tokens_allowed(len(prompt), place, max_new_tokens, c) for prompt, place in zip(prompts, places)]
-    max_new_tokens = min(limits) if stop is None else max(limits)
+    max_new_tokens = min(tokens_allowed(len(ids), place, max_new_tokens, c) for ids, place in zip(prompts, places))
     caches = new_caches(c, prompts, places, max_new_tokens, like)
-    sampler, steps = Sampler(len(prompts), **sampling), {}
-    done = torch.zeros(len(prompts), dtype=torch.bool)
+    sampler, steps = Sampler(**sampling), {}
     hidden = prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, caches)
     for number in range(max_new_tokens):
         tokens = next_tokens(model, hidden, places, sampler)
-        if stop is not None:
-            done |= torch.tensor(limits) <= number
-            tokens[done] = stop[0]
-            done |= torch.isin(tokens[:, 0], torch.tensor(stop))
         yield tokens
-        if done.all() or number == max_new_tokens - 1:
+        if number == max_new_tokens - 1:
             return
         places = [None if place in (None, c.image_tokens - 1) else place + 1 for place in places]
         in_image = tuple(place is not None for place in places)
-        is_image = torch.tensor(in_image)                 # a finished row inside an image is fed any code
-        tokens = torch.where((done & is_image)[:, None], c.vocab_size, tokens)
+        is_image = torch.tensor(in_image)
         if in_image not in steps:                         # one for each pattern of modalities among the rows
             streams = Streams.from_ids(list(tokens[:, None]), c).to(like.device)
             steps[in_image] = Step(partial(forward, model, streams, None, caches), streams, caches, graphs)
@@ -142,13 +107,21 @@ def forward(model, streams, signal, caches):
 
 # ---------------------------------------------------------------- from pictures and words to answers and pictures
 
+def prepare_picture(model, picture, n_pictures=1, square=True):
+    """A file, bytes or a PIL image, one of n in a prompt -> pixels; for others than Libra tiles and their order"""
+    if isinstance(model, Libra):
+        return prepare(open_image(picture), model.tokenizers.image.config.resolution, square)
+    return model.config.prepare(open_image(picture), n_pictures)
+
+
 def encode_images(model, images, square=True, zeroed=False):
-    """Files, bytes or PIL images -> codes (n, G*G, K) on the CPU, signal (n, G*G, C); for none, an empty list and None.
-    zeroed: zeros instead, so that a model answers blind"""
+    """Files, bytes, PIL images or their pixels -> codes (n, G*G, K) on the CPU, signal (n, G*G, C); for none, an empty
+    list and None. zeroed: zeros instead, so that a model answers blind"""
     if not images:
         return [], None
     tokenizer, like = model.tokenizers.image, model.tokenizers.image.quant_conv.weight
-    pixels = torch.stack([prepare(open_image(image), tokenizer.config.resolution, square) for image in images])
+    pixels = torch.stack([image if isinstance(image, torch.Tensor) else prepare_picture(model, image, square=square)
+                          for image in images])
     codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
     return (codes.cpu().zero_(), signal.zero_()) if zeroed else (codes.cpu(), signal)
 
@@ -175,42 +148,71 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
     return prompts, signal
 
 
-def answer(model, rows, max_new_tokens=128, raw=False, history=(), zeroed=False, out=None, **sampling):
+def read_rows(model, rows, max_new_tokens=1, raw=False, history=(), zeroed=False):
+    """Rows as `answer` takes them -> hidden states (n, D) of last tokens, caches, how many tokens may follow each"""
+    prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
+    if not isinstance(model, Libra):
+        return model.read(prompts, signal)
+    c, like = model.config, model.lm_head.weight
+    room = [tokens_allowed(len(prompt), None, max_new_tokens, c) for prompt in prompts]
+    caches = new_caches(c, prompts, [None] * len(prompts), 0, like)
+    return prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, caches), [caches[TEXT]], room
+
+
+def continue_rows(model, rows, n_rows=32, max_new_tokens=128, raw=False, history=(), zeroed=False, names=None,
+                  rate=None, graphs=True, **sampling):
+    """Rows as `answer` takes them, so many at a time. Yields (number of a row, its ids so far, whether they have
+    ended). names: of the rows, for errors; rate: a Rate to add to; the rest: as `answer` and Sampler take it"""
+    text, head = model.tokenizers.text, model.lm_head.weight
+    step = lambda ids, caches: model.hidden_states(ids, *caches)
+    if not isinstance(model, Libra):                      # only tokens of the text, so no <image>
+        head, step = head[:text.vocab_size], lambda ids, caches: model.hidden(ids, None, caches)
+
+    def prepared(row):
+        return row[0], [prepare_picture(model, picture, len(row[1])) for picture in row[1]]
+
+    def read(numbers, prepared_rows):
+        try:
+            return read_rows(model, [row.result() for row in prepared_rows], max_new_tokens, raw, history, zeroed)
+        except UserError as error:
+            raise UserError(f"{error}; among {', '.join(names[n] for n in numbers)}" if names else str(error)) from None
+
+    prompts, n_rows = prepare_ahead(prepared, rows, n_rows), min(n_rows, len(rows))
+    return write_texts(read, step, partial(linear, weight=head), prompts, n_rows, max_new_tokens, text.ends,
+                       Sampler(**sampling), rate or Rate(model), graphs)
+
+
+def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, **how):
+    """Rows and how as continue_rows takes them. Yields (number of a row, what `answer` returns of it) as answers end"""
+    text, written = model.tokenizers.text, ""
+    for number, ids, ended in continue_rows(model, rows, n_rows, max_new_tokens, **how):
+        if out:
+            words = text.decode(ids)
+            if ended or words.startswith(written) and not words.endswith("\ufffd"):          # not half a character
+                print(words[len(written):], end="\n" * ended, file=out, flush=True)
+                written = words
+        if ended:
+            yield number, (text.decode(ids), len(ids), ids[-1] not in text.ends and len(ids) < max_new_tokens)
+
+
+def answer(model, rows, max_new_tokens=128, raw=False, out=None, **how):
     """rows: (question, pictures), where None continues the pictures as in pretraining, without a chat -> for each row
     its answer, the number of tokens, and whether it was cut because the positions end
 
-    raw: no chat, the question itself is continued; history: earlier turns (question, number of pictures, answer), whose
-    pictures come first; zeroed: hide the pictures; out: a file for the first row's words as they come.
+    raw: no chat, the question itself is continued; out: a file for the words of one row as they come; how: history,
+    earlier turns (question, number of pictures, answer), whose pictures come first; zeroed, hide the pictures; ...
     """
-    text, most, steps, written = model.tokenizers.text, model.config.max_position_embeddings, [], ""
-    prompts, signal = encode_prompts(model, rows, raw, history, zeroed)
-    continue_prompts = getattr(model, "generate", partial(generate, model))
-    for tokens in continue_prompts(prompts, signal, max_new_tokens, text.ends, **sampling):
-        steps.append(tokens[:, 0].tolist())
-        if out:
-            words = text.decode([step[0] for step in steps])
-            if words.startswith(written) and not words.endswith("\ufffd"):                    # not half a character
-                print(words[len(written):], end="", file=out, flush=True)
-                written = words
-    answers = []
-    for prompt, ids in zip(prompts, torch.tensor(steps).T.tolist()):
-        n_tokens = next((place for place, token in enumerate(ids) if token in text.ends), len(ids))
-        cut = len(prompt) + n_tokens >= most or n_tokens == len(ids) < max_new_tokens
-        answers.append((text.decode(ids), min(n_tokens + 1, len(ids)), cut))
-    if out:
-        print(answers[0][0][len(written):], file=out)
+    answers = dict(answer_rows(model, rows, len(rows), max_new_tokens, out, raw=raw, **how))
     if out and answers[0][2]:
-        print(f"(cut: all {most} positions of the model are used)", file=sys.stderr)
-    return answers
+        print(f"(cut: all {model.config.max_position_embeddings} positions of the model are used)", file=sys.stderr)
+    return [answers[number] for number in range(len(rows))]
 
 
-def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(), **sampling):
+def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(), **how):
     """One row as `answer` takes it. Yields its words so far, after each token. UserError if the positions end first"""
-    prompts, signal = encode_prompts(model, [(question, pictures)], raw, history)
-    ids, text, run = [], model.tokenizers.text, getattr(model, "generate", partial(generate, model))
-    for tokens in run(prompts, signal, max_new_tokens, text.ends, **sampling):
-        ids.append(int(tokens[0, 0]))
-        yield text.decode(ids).rstrip("\ufffd")                                                # half a character
+    text = model.tokenizers.text
+    for _, ids, _ in continue_rows(model, [(question, pictures)], 1, max_new_tokens, raw, history, **how):
+        yield text.decode(ids).rstrip("\ufffd")                                               # half a character
     if ids[-1] not in text.ends and len(ids) < max_new_tokens:
         raise UserError(f"cut: all {model.config.max_position_embeddings} positions of the model are used")
 
@@ -303,7 +305,6 @@ def options():
     g.add_argument("--out", type=cli.writable_file, metavar="FILE", help="None: out.png, or answers.jsonl for --batch")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
-    g.add_argument("--verbose", action="store_true", help="print tokens/s, and what reading the weights allows")
     g.add_argument("--batch-size", type=cli.POSITIVE, help="prompts of --batch answered at a time; None: 16")
     g = parser.add_argument_group("how")
     g.add_argument("--max-new-tokens", type=cli.POSITIVE, default=256, help="most tokens of an answer")
@@ -370,8 +371,7 @@ def check_options(args):
         raise UserError(f"one thing at a time: {' and '.join(jobs)}")
     used_by = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
                "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch", "--web"),
-               "rows": ("--complete",), "verbose": ("a question",), "batch_size": ("--batch",),
-               "host": ("--web",), "port": ("--web",),
+               "rows": ("--complete",), "batch_size": ("--batch",), "host": ("--web",), "port": ("--web",),
                "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption", "--web")}
     for name, users in used_by.items():
         if getattr(args, name) and jobs[0] not in users:
@@ -387,20 +387,13 @@ def check_options(args):
 
 
 def answer_question(model, args, sampling):
-    began, out = time.perf_counter(), None if args.json else sys.stdout
-    (words, n_tokens, cut), = answer(model, [(args.question, args.image)], args.max_new_tokens, args.raw, out=out,
-                                     **sampling)
-    seconds = time.perf_counter() - began
+    began, rate = time.perf_counter(), Rate(model)
+    (words, _, cut), = answer(model, [(args.question, args.image)], args.max_new_tokens, args.raw,
+                              out=None if args.json else sys.stdout, rate=rate, **sampling)
     if args.json:
         print(json.dumps({"question": args.question, "images": args.image, "answer": words, "cut": cut,
-                          "seconds": round(seconds, 3)}, ensure_ascii=False))
-    if args.verbose:
-        modules = set(model.llama_modules()) if isinstance(model, Libra) else {model}
-        if isinstance(model, Libra) and not model.config.tie_word_embeddings:
-            modules.remove(model.model.embed_tokens)      # only a row of it is read
-        size = sum(p.nbytes for module in modules for p in module.parameters()) / 1e9
-        print(f"{n_tokens} tokens in {seconds:.2f} s with the prompt: {n_tokens / seconds:.1f} tokens/s. A token reads "
-              f"{size:.3f} GB of weights once, so a memory of B GB/s allows B / {size:.3f} tokens/s")
+                          "seconds": round(time.perf_counter() - began, 3)}, ensure_ascii=False))
+    print(rate, file=sys.stderr)
     if args.attention:
         show_attention(model, args.question, args.image[0], args.attention)
 
@@ -417,19 +410,21 @@ def show_attention(model, question, image, path):
 
 def answer_file(model, args, prompts, sampling):
     """Entries of a file -> a file of the same entries with answers, in their order"""
-    batch_size, cut_lines = args.batch_size or 16, []
+    batch_size, cut_lines, rate = args.batch_size or 16, [], Rate(model)
     with open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:             # lone surrogates
         for start in tqdm(range(0, len(prompts), batch_size), desc="batches"):
             numbers, asked = zip(*prompts[start:start + batch_size])
             rows = [(entry["question"], [entry["image"]] if entry.get("image") else []) for entry in asked]
             try:
-                answers = answer(model, rows, args.max_new_tokens, args.raw, **sampling | {"seed": args.seed + start})
+                answers = answer(model, rows, args.max_new_tokens, args.raw, rate=rate,
+                                 **sampling | {"seed": args.seed + start})
             except UserError as error:
                 raise UserError(f"{args.batch}, lines {numbers[0]} to {numbers[-1]}: {error}") from None
             for number, entry, (words, _, cut) in zip(numbers, asked, answers):
                 out.write(json.dumps(with_answer(entry, words), ensure_ascii=False) + "\n")
                 cut_lines += [number] * cut
     print(f"{args.out}: {len(prompts)} answers")
+    print(rate, file=sys.stderr)
     if cut_lines:
         print(f"(cut: all positions are used: lines {', '.join(map(str, cut_lines[:9]))})", file=sys.stderr)
 

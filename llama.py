@@ -148,15 +148,17 @@ def causal_attention(q, k, v, mask=None):
 
 class KVCache:
     """Static buffers for the keys and values of every layer; each row is stored from position 0 on. Use: one forward
-    pass over the prompts, `advance`, then passes of one token, `advance` after each."""
+    pass over the prompts, `advance`, then passes of one token, `advance` after each. Or `replace` the rows of an empty
+    cache by those of a cache that has read prompts, again and again."""
 
     def __init__(self, config, rows, length, like):
         """length: most positions of a row; like: a tensor of the wanted device and dtype"""
+        self.empty = lambda rows, length: KVCache(config, rows, length, like)     # -> another one of the same model
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.keys, self.values = like.new_zeros(shape).unbind(), like.new_zeros(shape).unbind()
         self.lengths, self.filled = [0] * rows, 0                                 # of each row; of the longest
         self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
-        self.next, self.mask, self.fixed = torch.zeros((), device=like.device), None, False
+        self.next, self.mask, self.fixed = torch.zeros((), dtype=torch.long, device=like.device), None, False
 
     def update(self, layer, k, v):
         """Store new keys and values (B, H_kv, L, d). -> all keys, all values, mask for causal_attention"""
@@ -179,11 +181,27 @@ class KVCache:
         else:
             self.next += 1                                # in place: a CUDA graph reads it at this address
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        self.lengths_changed()
+
+    def replace(self, rows, other=None):
+        """The rows of another cache take the place of these; None: these rows are empty again."""
+        if self.next.dim() == 0:
+            self.next = torch.zeros_like(self.rows)[:, None, None]
+        index = self.rows[rows]
+        self.next[index] = 0 if other is None else other.next
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values) if other else ()):
+            mine[index, :, :other.filled] = theirs[:, :, :other.filled]
+        for row, length in zip(rows, other.lengths if other else [0] * len(rows)):
+            self.lengths[row] = length
+        self.lengths_changed()
+
+    def lengths_changed(self):
         self.filled = max(self.lengths)
         if self.fixed:
             self.mask.copy_((self.places <= self.next)[:, None])
-        elif len(set(self.lengths)) > 1:
-            self.mask = (self.places[:self.filled + 1] <= self.next)[:, None]
+        else:
+            alike = min(self.lengths) == self.filled
+            self.mask = None if alike else (self.places[:self.filled + 1] <= self.next)[:, None]
 
     def fix_shapes(self):
         """From now on queries see the whole buffers under a mask, so that no shape and no address changes."""

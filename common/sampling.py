@@ -19,26 +19,63 @@ class Sampler:
     """Greedy at temperature 0. Else row i has a generator of its own, seeded seed + i: a row of a batch gets what it
     would get alone."""
 
-    def __init__(self, rows, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(f"sampling: temperature {temperature} and top_k {top_k} must be 0 or more, "
                             f"top_p {top_p} in (0, 1]")
         self.temperature = temperature if temperature > 1e-4 else 0.0
         self.top_k, self.top_p = top_k, top_p
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+        self.generator = functools.lru_cache(2 ** 14)(lambda row: torch.Generator().manual_seed(seed + row))
 
     def __call__(self, logits, rows):
         """logits (len(rows), V) -> ids (len(rows),) on the CPU"""
+        ids, largest = self.choose(logits, rows)
+        check_finite(largest)
+        return ids.cpu()
+
+    def choose(self, logits, rows):
+        """logits (len(rows), V) -> ids (len(rows),) and numbers for check_finite, on their device. If it is greedy, a
+        GPU is not waited for."""
         best = logits.argmax(-1, keepdim=True)            # NaN counts as the largest
-        check_finite(logits.gather(-1, best) / (self.temperature or 1))
+        largest = logits.gather(-1, best)[:, 0] / (self.temperature or 1)
         if self.temperature == 0:
-            return best[:, 0].cpu()
+            return best[:, 0], largest
         p, ids = (logits.float().cpu() / self.temperature).softmax(-1).sort(-1, descending=True)
         if self.top_k:
             p[:, self.top_k:] = 0
         p[p.cumsum(-1) - p > self.top_p * p.sum(-1, keepdim=True)] = 0                        # the first always stays
-        chosen = [torch.multinomial(p_row, 1, generator=self.generators[row]) for p_row, row in zip(p, rows)]
-        return ids.gather(-1, torch.stack(chosen))[:, 0]
+        check_finite(largest)
+        chosen = [torch.multinomial(p_row, 1, generator=self.generator(row)) for p_row, row in zip(p, rows)]
+        return ids.gather(-1, torch.stack(chosen))[:, 0].to(logits.device), largest
+
+
+def place_in_image(prompt, config):
+    """prompt (L, K) -> None if it ends in text, else its last token's place: BOI 0, codes 1 ... G*G, EOI G*G + 1"""
+    if prompt[-1, 0] < config.vocab_size:
+        return None
+    opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
+    assert len(opened), "image codes without a BOI before them"
+    place, eoi_place = len(prompt) - 1 - int(opened[-1]), config.image_tokens - 1
+    is_eoi = prompt[-1, 0] > config.vocab_size + config.codes
+    assert place <= eoi_place and is_eoi == (place == eoi_place), f"{place} tokens behind BOI, expected {eoi_place}"
+    return place
+
+
+def next_tokens(model, hidden, places, sampler):
+    """hidden (B, D) of the last tokens and their places -> ids (B, K) on the CPU, image ids offset by V. After the last
+    code comes EOI and after EOI the newline, whatever the heads say."""
+    c, last_code = model.config, model.config.image_tokens - 2
+    text = [row for row, place in enumerate(places) if place is None]
+    codes = [row for row, place in enumerate(places) if place is not None and place < last_code]
+    eoi = c.vocab_size + c.codes + 1
+    tokens = torch.tensor([eoi if place == last_code else c.newline_token_id for place in places])
+    tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # (B, K)
+    if text:
+        tokens[text] = sampler(model.lm_head(hidden[text]), text)[:, None]
+    if codes:
+        for k, head in enumerate(model.vision_lm_head.heads):
+            tokens[codes, k] = sampler(head(hidden[codes])[:, :c.codes], codes) + c.vocab_size
+    return tokens
 
 
 class Step:

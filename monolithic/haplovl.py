@@ -124,7 +124,7 @@ class PreDecoder(nn.Module):
 
 class HaploVL(PreDecoder):
     """`text` is set when the model came from a folder with tokenizer.model."""
-    generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read, forward, row_lengths = shared.read, shared.next_token_loss, shared.row_lengths
     read_config, from_pretrained = staticmethod(read_config), classmethod(shared.from_pretrained)
 
     def __init__(self, base, pre):

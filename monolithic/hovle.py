@@ -156,7 +156,7 @@ class Embedder(nn.Module):
 
 
 class HoVLE(Embedder):
-    generate, forward, read_config = shared.generate, shared.next_token_loss, staticmethod(read_config)
+    read, forward, read_config = shared.read, shared.next_token_loss, staticmethod(read_config)
     from_pretrained = classmethod(partial(shared.from_pretrained, unpack=internlm2.unpack))
 
     def __init__(self, base, pre):

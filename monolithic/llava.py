@@ -30,7 +30,7 @@ class LlavaConfig(LlamaConfig):
 
 
 class Llava(Llama):
-    generate, forward, row_lengths = shared.generate, shared.next_token_loss, shared.row_lengths
+    read, forward, row_lengths = shared.read, shared.next_token_loss, shared.row_lengths
     read_config = staticmethod(lambda path: [LlavaConfig.from_file(path)])
     from_pretrained = classmethod(shared.from_pretrained)
 

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.pictures import open_image
-from common.sampling import Sampler, Step
 from common.weights import UserError, assign, save_tensors, shapes_only, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, causal_attention, linear, read_llama_tensors, rope_tables
+from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables
 from model import cross_entropy
 from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
@@ -365,23 +363,17 @@ def row_lengths(model, rows):
     return [[len(row) for row in rows]] * len(model.halves)
 
 
-@torch.inference_mode()
-def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=True, **sampling):
-    """Continue prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare
-    returns. Yields (B, 1) ids on the CPU. A row that has produced `stop`, or one of several, repeats it; when all have,
-    generation ends, or when the longest row is at the end of the positions.
+def read(model, prompts, pictures=()):
+    """Prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare returns. ->
+    hidden states (B, D) of their last tokens, caches that hold them, how many tokens may follow each
 
     model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each of model.halves, the configurations, the
-    last of which knows the pictures; model.row_lengths(rows): lists of lengths, for each half; model.text: None, or
-    only its tokens are generated, so no <image> (ours). sampling: temperature, top_k, top_p, seed
+    last of which knows the pictures; model.row_lengths(rows): lists of lengths, for each half
     """
-    config, head = model.halves[-1], model.lm_head.weight[:model.text and model.text.vocab_size]
-    stop = [stop] if isinstance(stop, int) else stop
-    shown = sum(ids.count(IMG) for ids in prompts)
-    if not prompts or not all(prompts) or max_new_tokens < 1 or shown != len(pictures):
-        raise UserError(f"generate: {len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures, "
-                        f"{max_new_tokens} new tokens; expected prompts of a token or more and all their pictures")
-    rows, ready = [], []
+    config, weight = model.halves[-1], model.lm_head.weight
+    rows, ready, shown = [], [], sum(ids.count(IMG) for ids in prompts)
+    assert prompts and all(prompts), f"{len(prompts)} prompts, expected one or more of a token or more"
+    assert shown == len(pictures), f"{len(prompts)} prompts that show {shown} pictures, {len(pictures)} pictures"
     for ids in prompts:
         n = ids.count(IMG)
         ready += [p if isinstance(p, tuple) else config.prepare(open_image(p), n) for p in pictures[len(ready):][:n]]
@@ -390,24 +382,12 @@ def generate(model, prompts, pictures=(), max_new_tokens=128, stop=None, graphs=
     lengths = model.row_lengths(rows)
     longest, most = min(((max(half_lengths), half.max_position_embeddings) for half_lengths, half in
                          zip(lengths, model.halves)), key=lambda pair: pair[1] - pair[0])
-    max_new_tokens = min(max_new_tokens, most - longest)
-    if max_new_tokens < 1:
+    if longest >= most:
         raise UserError(f"the prompt has {longest} of the {most} tokens that the model takes: too little room is left")
-    batch = Batch.build(*pad(rows), ready, config).to(head.device)
-    caches = [KVCache(half, len(rows), max(half_lengths) + max_new_tokens, head)
-              for half_lengths, half in zip(lengths, model.halves)]
+    batch = Batch.build(*pad(rows), ready, config).to(weight.device)
+    caches = [KVCache(half, len(rows), max(half_lengths), weight) for half_lengths, half in zip(lengths, model.halves)]
     last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths[-1]) - 1]
     for half_lengths, cache in zip(lengths, caches):
         cache.advance(half_lengths)
-    new = SimpleNamespace(text_ids=batch.ids[:, 0].clone(), image_ids=batch.ids[:0, 0].clone())
-    step = Step(lambda: model.hidden(new.text_ids[:, None], None, caches), new, dict(enumerate(caches)), graphs)
-    sampler, done = Sampler(len(rows), **sampling), torch.zeros(len(rows), dtype=torch.bool)
-    for number in range(max_new_tokens):
-        tokens = sampler(linear(last, head), range(len(rows)))
-        if stop is not None:
-            tokens[done] = stop[0]
-            done |= torch.isin(tokens, torch.tensor(stop))
-        yield tokens[:, None]
-        if done.all() or number == max_new_tokens - 1:
-            return
-        last = step(tokens, tokens[:0])
+    room = [min(half.max_position_embeddings - n for half, n in zip(model.halves, row)) for row in zip(*lengths)]
+    return last, caches, room

@@ -4,6 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import continued
 
 from llama import apply_rope
 from monolithic.haplovl import HalfConfig, HaploVL, read_config
@@ -119,7 +120,7 @@ def compare_generation(model, pictures, mask, io, report):
             at += next(sizes) if is_image else 1
         prompts.append(prompt)
     pictures = pictures[:sum(prompt.count(IMG) for prompt in prompts)]
-    ours, cached = torch.cat(list(model.generate(prompts, pictures, new.shape[1])), dim=1), []
+    ours, cached = torch.tensor(continued(model, prompts, pictures, new.shape[1])), []
     report.append((f"gen.new_ids ({(ours != new).sum()} differ)", float((ours != new).sum()), 0))
     if "gen.step_logits" not in io:
         return
@@ -130,7 +131,7 @@ def compare_generation(model, pictures, mask, io, report):
         cached.append(hidden[torch.arange(len(rows)), lengths - 1] if batch else hidden[:, 0])
         return hidden
     model.hidden = recorded
-    list(model.generate(prompts, pictures, new.shape[1]))
+    continued(model, prompts, pictures, new.shape[1])
     model.hidden = plain
     if torch.equal(ours, new):                            # else the caches hold other tokens
         report.same("gen.step_logits", model.lm_head(torch.stack(cached)), io["gen.step_logits"])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import continued
 
 from monolithic import internlm2
 from monolithic.hovle import HoVLE, pixel_shuffle, read_config
@@ -166,7 +167,7 @@ def compare_generation(model, io, report):
         steps.append(hidden[torch.arange(len(rows)), last] if batch else hidden[:, 0])
         return hidden
     model.hidden = recorded
-    ours = torch.cat(list(model.generate(prompts, pictures, new.shape[1])), dim=1)
+    ours = torch.tensor(continued(model, prompts, pictures, new.shape[1]))
     model.hidden = plain
     report.append((f"gen.new_ids ({(ours != new).sum()} differ)", float((ours != new).sum()), 0))
     if "gen.step_logits" not in io:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from common.sampling import Sampler
+from common.sampling import Sampler, place_in_image
 from common.weights import UserError
 from generate import (
     answer,
@@ -18,7 +18,6 @@ from generate import (
     forward,
     generate,
     new_caches,
-    place_in_image,
     prefill,
     reconstruct,
 )
@@ -138,19 +137,6 @@ def test_a_batch_of_texts_and_drawings():
         assert torch.equal(together[row], stack(generate(model, [prompt], signal, 12))[0])
 
 
-def test_a_drawing_at_its_end_beside_text():
-    """A row whose positions end inside a picture's closing says `stop` while another row writes on"""
-    model, g = tiny.libra(), torch.Generator().manual_seed(13)
-    c = model.config
-    drawing = torch.cat([tiny.text_ids(c, c.max_position_embeddings - 5, g), tiny.image_ids(c, 0)])
-    text, stop = tiny.interleaved(c, 0, g), 2
-    together = stack(generate(model, [drawing, text], None, 30, stop=[stop]))
-    for row, prompt in zip(together, (drawing, text)):
-        alone = stack(generate(model, [prompt], None, 30, stop=[stop]))[0]
-        assert torch.equal(row[:len(alone)], alone) and (row[len(alone):] == stop).all()
-    assert (together[0, :4] >= c.vocab_size).all() and (together[0, 4:] == stop).all()
-
-
 def test_recorded_steps_say_the_same(monkeypatch):
     """What a GPU replays as a graph: whole buffers under a mask, inputs and outputs at fixed places"""
     model, g, recordings = tiny.libra().eval(), torch.Generator().manual_seed(3), []
@@ -171,13 +157,8 @@ def test_recorded_steps_say_the_same(monkeypatch):
     assert torch.equal(stack(generate(model, prompts, signal, 12, graphs=False)), plain) and len(recordings) == 3
 
 
-def test_stop_and_room():
+def test_room():
     model, g = tiny.libra(), torch.Generator().manual_seed(12)
-    prompt = tiny.interleaved(model.config, 0, g)
-    free = stack(generate(model, [prompt], None, 10))[0, :, 0].tolist()
-    stop = free[3]
-    stopped = stack(generate(model, [prompt], None, 10, stop=[stop]))[0, :, 0].tolist()
-    assert stopped == free[:free.index(stop) + 1]
     long = tiny.text_ids(model.config, 125, g)
     assert len(list(generate(model, [long], None, 50))) == 3      # max_position_embeddings is 128
     with pytest.raises(UserError, match="too little room"):
@@ -198,7 +179,7 @@ def test_sampling_follows_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).log_softmax(0)
     many = 20_000
     draw = lambda **options: torch.bincount(  # noqa: E731
-        Sampler(many, **options)(logits.expand(many, -1), range(many)), minlength=5) / many
+        Sampler(**options)(logits.expand(many, -1), range(many)), minlength=5) / many
     assert (draw(temperature=1.0) - logits.exp()).abs().max() < 0.015
     assert (draw(temperature=0.5) - (2 * logits).softmax(0)).abs().max() < 0.015
     two = draw(temperature=1.0, top_k=2)
@@ -208,7 +189,7 @@ def test_sampling_follows_the_distribution():
     assert draw(temperature=1.0, top_p=1e-9)[0] == 1 and draw()[0] == 1
     assert torch.equal(draw(temperature=1.0, seed=5), draw(temperature=1.0, seed=5))
     with pytest.raises(UserError, match="top_p"):
-        Sampler(1, temperature=1.0, top_p=0.0)
+        Sampler(temperature=1.0, top_p=0.0)
 
 
 def test_ask(tmp_path):
@@ -286,7 +267,7 @@ def test_an_answer_that_is_cut(tmp_path, capsys):
     prompts, _ = encode_prompts(model, rows)
     model.config.max_position_embeddings = max(map(len, prompts)) + 3
     (_, first, cut_first), (_, second, cut_second) = answer(model, rows, 5)
-    assert (first, cut_first, second, cut_second) == (5, False, 4, True)      # three tokens, then </s>
+    assert (first, cut_first, second, cut_second) == (5, False, 3, True)
     assert answer(model, rows[1:], 5, out=sys.stdout)[0][1:] == (3, True)
     assert f"all {model.config.max_position_embeddings} positions" in capsys.readouterr().err
     assert answer(model, rows[1:], 2)[0][1:] == (2, False)

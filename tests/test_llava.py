@@ -6,7 +6,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from scripts import log, run
-from test_hovle import PICTURES, PROMPTS, answer, batch_of, check_resumed
+from test_hovle import PICTURES, PROMPTS, batch_of, check_resumed
+from tiny import continued
 
 from common.weights import UserError
 from monolithic.llava import Llava, LlavaConfig
@@ -49,11 +50,11 @@ def test_parity_with_transformers():
 @torch.no_grad()
 def test_cached_is_uncached_and_a_batch_is_its_rows():
     model, used = tiny(), 0
-    together = answer(model, PROMPTS, PICTURES)
+    together = continued(model, PROMPTS, PICTURES)
     for row, prompt in enumerate(PROMPTS):
         pictures, ids = PICTURES[used:used + prompt.count(IMG)], list(prompt)
         used += len(pictures)
-        assert together[row] == answer(model, [prompt], pictures)[0]
+        assert together[row] == continued(model, [prompt], pictures)[0]
         for _ in range(8):
             batch, _ = batch_of(model, [ids], pictures)
             ids.append(int(model.lm_head(model.hidden(batch.ids, batch)[:, -1]).argmax()))
@@ -73,7 +74,7 @@ def test_folders(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     again = Llava.from_pretrained(tmp_path)
-    assert again.config == model.config and answer(again, PROMPTS, PICTURES) == answer(model, PROMPTS, PICTURES)
+    assert again.config == model.config and continued(again, PROMPTS, PICTURES) == continued(model, PROMPTS, PICTURES)
     config = json.loads((tmp_path / "config.json").read_text())
     for name, value, said in (("heads", 4, "heads"), ("clip", {"image_size": 0}, "image_size"),
                               ("clip", CLIP | {"depth": 3}, "depth"), ("hidden_size", 64, "shape")):
@@ -101,8 +102,8 @@ def test_stages_train_what_they_should_and_resume(toy, tmp_path):
     assert log(tmp_path / "2")[-1]["loss"] < log(tmp_path / "2")[0]["loss"]
     model = Llava.from_pretrained(tmp_path / "2").eval()
     prompt, _ = model.text.chat([("What is this?", 1, None)])
-    steps = list(model.generate([prompt, model.text.plain("a red")], [toy / "eval/images/000000000000.png"], 6))
-    assert all(int(tokens.max()) < model.text.vocab_size for tokens in steps)
+    texts = continued(model, [prompt, model.text.plain("a red")], [toy / "eval/images/000000000000.png"], 6)
+    assert all(max(ids) < model.text.vocab_size for ids in texts)
 
 
 @pytest.mark.slow

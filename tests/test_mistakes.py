@@ -7,7 +7,6 @@ import sys
 import tarfile
 
 import pytest
-import tiny
 import torch
 from scripts import run
 
@@ -21,7 +20,6 @@ from common import cli as command
 from common.pictures import open_image
 from common.sources import list_shard, open_source
 from common.weights import UserError
-from generate import generate as continued
 from training import engine
 from training.checkpoints import Checkpoints
 
@@ -172,19 +170,6 @@ def test_swapped_is_another_picture():
     assert evaluate.swapped_images(items) == list("bbbcca")
     with pytest.raises(UserError, match="one picture"):
         evaluate.swapped_images(items[:2])
-
-
-def test_a_long_neighbour_does_not_cut_an_answer():
-    """Rows of a batch end where each would end alone"""
-    model = tiny.libra(max_position_embeddings=24)
-    model.lm_head.weight.data[-1] = 0                     # the stop token is never the likeliest
-    long, short = tiny.text_ids(model.config, 20), tiny.text_ids(model.config, 5)
-    alone = [list(continued(model, [prompt], None, 15, stop=[model.config.vocab_size - 1])) for prompt in (long, short)]
-    both = list(continued(model, [long, short], None, 15, stop=[model.config.vocab_size - 1]))
-    assert len(alone[0]) == 4 and len(both) == len(alone[1]) == 15
-    assert all((b[1] == a[0]).all() for a, b in zip(alone[1], both))
-    assert all((b[0] == a[0]).all() for a, b in zip(alone[0], both))
-    assert all((b[0] == model.config.vocab_size - 1).all() for b in both[4:])
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -24,7 +24,7 @@ def test_it_answers_and_is_scored(toy, tmp_path, name, kind):
     run(f"monolithic.{name}", "--stage 2 --model", tmp_path / "1", "--data", toy / "captions/*.tar", "--out",
         tmp_path / "2", STEP)
     model, image = ["--model", tmp_path / "2"], toy / "chats/images/000000.jpg"
-    words = ["--image", image, ("What is it?",), "--max-new-tokens 4 --json --verbose"]
+    words = ["--image", image, ("What is it?",), "--max-new-tokens 4 --json"]
     alone = json.loads(run("generate.py", *model, *words).strip().splitlines()[-2])
     lines = [{"image": str(image), "question": "What is it?"}, {"question": "What is red?"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))

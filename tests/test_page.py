@@ -77,7 +77,7 @@ def test_a_chat_becomes_turns():
 def test_streamed_words_are_the_answer(model, pictures):
     files = [str(pictures / "red.png"), str(pictures / "blue.png")]
     for raw, history in ((False, ()), (False, [(QUESTION, 1, "red")]), (True, ())):
-        (words, _, _), = generate.answer(model, [(LATER, files)], 9, raw, history)
+        (words, _, _), = generate.answer(model, [(LATER, files)], 9, raw, history=history)
         steps = list(generate.stream(model, LATER, files, 9, raw, history))
         assert steps[-1] == words and len(steps) == 9
         assert all(later.startswith(words) for words, later in itertools.pairwise(steps))

@@ -230,14 +230,16 @@ def test_tokens_as_the_public_scorer(caption, tokens):
     assert caption_tokens(caption) == tokens.split()
 
 
-def test_processes_may_end_hours_apart(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words, minutes", [([], 7 * 24 * 60), (["--timeout", "30"], 30)])
+def test_processes_may_end_hours_apart(tmp_path, monkeypatch, words, minutes):
     given = {}
     images, file = paths(tmp_path, "gqa")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--task", "gqa", "--data", str(file), "--images", str(images)])
+    words = ["evaluate.py", "--task", "gqa", "--data", str(file), "--images", str(images), *words]
+    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(evaluate.engine, "init_distributed", lambda device, **more: given.update(more) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main()
-    assert given["timeout"] > 24 * 60                     # minutes
+    assert given["timeout"] == minutes
 
 
 def test_a_pipe_without_a_writer(tmp_path):
@@ -263,15 +265,17 @@ def test_answers_are_kept_for_the_same_question_and_picture(tmp_path):
     images, file = paths(tmp_path, "gqa", {str(n): {"question": f"{n} \ud800?", "imageId": "n77"} for n in range(4)})
     items, asked = read("gqa", images, file), []
 
-    def answers(batch):
-        asked.extend(batch)
-        return [(f"answer {len(asked)}", True) for _ in batch]
-    first = evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)
-    assert evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings) == first and len(asked) == 4
+    def answers(missing):
+        for n in reversed(range(len(missing))):           # they may end in any order
+            asked.append(missing[n])
+            yield n, f"answer {len(asked)}", True
+    first = evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)
+    assert first == [(f"answer {n}", True) for n in (4, 3, 2, 1)]
+    assert evaluate.answer_all(answers, items, evaluate.ALONE, path, settings) == first and len(asked) == 4
     items[1]["question"] = "edited"
-    assert evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)[1] == ("answer 5", True)
+    assert evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)[1] == ("answer 5", True)
     save(images / "n77.jpg", "another picture")
-    evaluate.answer_all(answers, items, 3, evaluate.ALONE, path, settings)
+    evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)
     assert len(asked) == 4 + 1 + 4
 
 

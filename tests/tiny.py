@@ -6,9 +6,12 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from common.batching import Rate, write_texts
+from common.sampling import Sampler
 from common.weights import write_json
+from llama import linear
 from model import Libra, LibraConfig, Tokenizers
-from text import Text
+from text import IMG, Text
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
@@ -94,6 +97,19 @@ def whole(folder, **changes):
     model = libra(**(sizes | changes)).eval()
     model.tokenizers = Tokenizers(text, images)
     return model
+
+
+def continued(model, prompts, pictures=(), n=8, stop=(), rows=None, graphs=True, **sampling):
+    """What a model of monolithic/ writes behind prompts, in so many rows -> lists of ids"""
+    pictures, texts = iter(pictures), {}
+    shown = [[next(pictures) for token in prompt if token == IMG] for prompt in prompts]
+    head = model.lm_head.weight[:model.text and model.text.vocab_size]
+    for number, ids, _ in write_texts(
+            lambda numbers, new: model.read(new, sum((shown[n] for n in numbers), [])),
+            lambda ids, caches: model.hidden(ids, None, caches), lambda hidden: linear(hidden, head), prompts,
+            rows or len(prompts), n, stop, Sampler(**sampling), Rate(model), graphs):
+        texts[number] = ids
+    return [texts[number] for number in range(len(prompts))]
 
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",

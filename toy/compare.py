@@ -13,8 +13,6 @@ import random
 import shutil
 import statistics
 import sys
-import time
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -22,11 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from common.batching import Rate
 from common.cli import POSITIVE, run
 from common.plots import new_figure, plot_curves
 from common.weights import read_json, write_json
 from evaluate import evaluate
-from generate import encode_prompts, generate
+from generate import answer
 from llama import Llama
 from monolithic import open_model
 from monolithic.stages import counted_flops
@@ -149,21 +148,16 @@ def training_costs(args, row):
     return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(seconds)}
 
 
-@torch.inference_mode()
-def answering_times(models, args, new_tokens=32, turns=9):
+def answering_times(models, args, turns=9):
     """{row: model} -> {row: [milliseconds until the first token of an answer about a picture], [tokens a second then]},
     in turns"""
     picture, times = args.toy / "eval/images/000000000000.png", {row: ([], []) for row in models}
     for _ in range(turns):
         for row in random.sample(list(models), len(models)):
-            model, start = models[row], time.perf_counter()
-            prompts, signal = encode_prompts(model, [(DESCRIBE, [picture])])
-            tokens = getattr(model, "generate", partial(generate, model))(prompts, signal, new_tokens + 1)
-            next(tokens)
-            first = time.perf_counter()
-            list(tokens)
-            times[row][0].append(1000 * (first - start))
-            times[row][1].append(new_tokens / (time.perf_counter() - first))
+            rate = Rate(models[row])
+            answer(models[row], [(DESCRIBE, [picture])], rate=rate)
+            times[row][0].append(1000 * rate.prefill)
+            times[row][1].append(rate.written / rate.decoding)
     return {row: {name: statistics.median(values) for name, values in zip(("prefill ms", "tokens/s"), pair)}
             for row, pair in times.items()}
 
