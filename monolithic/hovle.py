@@ -17,7 +17,7 @@ from torch import nn
 import tokenizer
 from common.cli import POSITIVE, run
 from common.config import check_divisible, make_config, read_rope
-from common.weights import UserError, read_folder, read_json, shapes_only
+from common.weights import UserError, cast, read_json, read_tensors, shapes_only, weight_files
 from llama import Block, Linear, Llama, LlamaConfig
 from monolithic import internlm2, shared, stages
 from training.checkpoints import fingerprint
@@ -183,7 +183,8 @@ class HoVLE(Embedder):
         """A released folder, or one of ours, which has tokenizer.model too. dtype: as stored unless given"""
         with shapes_only():
             model = cls(*read_config(Path(folder) / "config.json"))
-        tensors = internlm2.unpack(read_folder(folder, dtype), model.config_of, folder)
+        tensors = {name: cast(name, x, dtype) for file in weight_files(folder)
+                   for name, x in internlm2.unpack(read_tensors(file), model.config_of, folder)}
         return shared.load(model, tensors, folder, device)
 
 
