@@ -4,6 +4,7 @@ Only the matrices of the layers are quantized, the LLaMA's and the expert's: the
 reads each of them once. int8: one scale for each row; int4: a scale and a zero for each group of 64 columns (of 32,
 where 64 does not divide). Their products are in bfloat16, whatever the type of the rest.
 """
+import ctypes
 import logging
 import re
 
@@ -40,6 +41,7 @@ def quantizer(kind, dtype, device):
     """kind: int8 or int4 -> a function (name, tensor) to give to from_pretrained as its dtype: it quantizes matrices
     one by one as they are read, and casts all else to `dtype`. int4 is packed for the kind of device."""
     quantization, int4 = import_torchao()
+    trim_memory = getattr(ctypes.CDLL(None), "malloc_trim", int)
 
     def convert(name, x):
         if ":" in name:
@@ -56,6 +58,7 @@ def quantizer(kind, dtype, device):
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = nn.Parameter(x.to(device, torch.bfloat16), requires_grad=False)
         quantization.quantize_(linear, config)
+        trim_memory(0)                                    # glibc keeps what was freed, a third of the model
         return linear.weight
     return convert
 
@@ -67,8 +70,8 @@ def quantized_linear(x, weight, bias=None):
         raise UserError(f"int4 weights packed for a {'GPU' if for_gpu else 'CPU'} are of no use on {x.device.type}: "
                         "quantize the original folder there")
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    if is_int8 and 0 < len(rows) <= FEW_ROWS:
-        out = torch._weight_int8pack_mm(rows, weight.qdata, weight.scale.flatten().bfloat16())
+    if is_int8 and 0 < len(rows) <= FEW_ROWS and weight.shape[1] % 16 == 0:   # it reads 16 numbers at a time
+        out = torch._weight_int8pack_mm(rows.contiguous(), weight.qdata, weight.scale.flatten().bfloat16())
     else:
         out = F.linear(rows, weight)
     out = out.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)

@@ -166,8 +166,9 @@ def cast(name, x, dtype):
     as common/quantize.py makes it"""
     if callable(dtype):
         return dtype(name, x)
-    is_plain = x.is_floating_point() and ":" not in name and not hasattr(x, "qdata")
-    return x.to(dtype) if dtype and is_plain else x
+    if ":" in name:                                       # for kernels that need aligned memory, which no file is
+        return x.clone()
+    return x.to(dtype) if dtype and x.is_floating_point() and not hasattr(x, "qdata") else x
 
 
 @contextmanager

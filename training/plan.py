@@ -123,8 +123,8 @@ def show_answering(folder):
             n_matrices, n_others + number)
     cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings
     fixed = 2 * n_others + 4 * tokenizer_costs(clip_config)[0] + cache
-    print(f"GB of a GPU to answer with {c.max_position_embeddings} positions, {fixed / 1e9:.1f} of them for all but the "
-          f"layers' {n_matrices / 1e9:.2f} B weights")
+    print(f"GB of a GPU to answer with {c.max_position_embeddings} positions, {fixed / 1e9:.1f} of them for all but "
+          f"the layers' {n_matrices / 1e9:.2f} B weights")
     for kind, bits in (("bfloat16", 16), ("int8", 8), ("int4", 4.5)):         # 4.5: with the groups' scales and zeros
         total = fixed + n_matrices * bits / 8
         fits = [f"{size} GB" for size in (12, 16, 24) if total < ROOM * size * 1e9]
