@@ -21,7 +21,7 @@ import torch
 from bench import workload
 from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
-from bench.more_rows import image_tokenizer, pretraining, text_only
+from bench.more_rows import image_tokenizer, pretraining, quantized, text_only
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
 from common.cli import NATURAL, POSITIVE, Help, check_device, run, writable_file
 from common.sampling import capture_cuda_graph
@@ -101,7 +101,8 @@ ROWS = {"train": (train, ["small"], []), "layer": (partial(train, layouts=[(1, L
         "growth": (partial(train, layouts=GROWTH, other=None), ["small"], ["layer"]),
         "pretraining": (pretraining, [], ["full"]), "text": (text_only, ["small"], ["layer"]),
         "prefill": (prefill, ["small"], ["full"]), "tokenizer": (image_tokenizer, ["full"], ["full"]),
-        "decode": (decode, ["small", "layer"], ["full"])}                 # sizes on a CPU, on a GPU
+        "decode": (decode, ["small", "layer"], ["full"]),                 # sizes on a CPU, on a GPU
+        "quantized": (quantized, ["layer", "1.1b"], ["layer", "1.1b"])}
 
 
 def main():

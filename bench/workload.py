@@ -14,7 +14,8 @@ SIZES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_laye
                   "vocab_size": 512, "contiguous_signal_size": 192},
          "small": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
                    "vocab_size": 4096, "contiguous_signal_size": 1024},
-         "layer": {"num_hidden_layers": 1}, "full": {}}
+         "layer": {"num_hidden_layers": 1}, "full": {},
+         "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}}
 LENGTH, TOKENS = 640, 32                                  # of a prompt; of a repetition of decoding
 
 
