@@ -28,6 +28,7 @@ from benchmarks import files as benchmarks
 from benchmarks.scores import average
 from common.batching import Rate
 from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, bounded, require_path, run, writable_file
+from common.quantize import parts
 from common.sampling import check_finite
 from common.weights import UserError, parse_json, write_json
 from generate import answer_rows, encode_images
@@ -234,9 +235,11 @@ def fingerprint(model):
     digest = hashlib.sha256(repr(getattr(model, "halves", model.config)).encode())
     digest.update(model.tokenizers.text.path.read_bytes() + model.tokenizers.text.template.encode())
     for module in filter(None, (model, model.tokenizers.image)):
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():                # the sum of all bits is the same in every order
-                digest.update(f"{name} {int(tensor.flatten().view(torch.int16).sum(dtype=torch.int64))}".encode())
+        for name, tensor in parts(module.state_dict()).items():
+            if tensor.is_floating_point() or "qdata" in name:
+                # The sum of all bits is the same in every order.
+                bits = tensor.flatten().view(torch.int16 if tensor.itemsize > 1 else torch.int8)
+                digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]
 
 

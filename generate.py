@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
 from common.batching import Rate, prepare_ahead, write_texts
-from common.cli import Help, bounded
+from common.cli import bounded
 from common.entries import read_prompts, with_answer
 from common.page import serve
 from common.pictures import open_image
@@ -284,7 +284,7 @@ def as_seen(model, image):
 # ---------------------------------------------------------------- the command line
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("question", nargs="?", help="what to ask; without it a chat (/image FILE, /reset, Ctrl-D)")
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=cli.TOY / "sft", help="model folder, ours or published")
@@ -308,9 +308,9 @@ def options():
     g.add_argument("--batch-size", type=cli.POSITIVE, help="prompts of --batch answered at a time; None: 16")
     g = parser.add_argument_group("how")
     g.add_argument("--max-new-tokens", type=cli.POSITIVE, default=256, help="most tokens of an answer")
-    g.add_argument("--temperature", type=bounded(float, 0), help="0: greedy; None: 0 for text, 1 for pictures")
+    g.add_argument("--temperature", type=cli.bounded(float, 0), help="0: greedy; None: 0 for text, 1 for pictures")
     g.add_argument("--top-k", type=cli.NATURAL, default=0, help="sample from the k most likely; 0: from all")
-    g.add_argument("--top-p", type=bounded(float, above=0, most=1), default=1.0, help="from so much of the likeliest")
+    g.add_argument("--top-p", type=cli.bounded(float, above=0, most=1), default=1.0, help="so much of the likeliest")
     g.add_argument("--seed", type=cli.SEED, default=0, help="of sampling")
     cli.add_device_options(g)
     return parser
@@ -369,10 +369,11 @@ def check_options(args):
     jobs += ["a question"] if args.question is not None else [] if jobs else ["a chat"]
     if len(jobs) > 1:
         raise UserError(f"one thing at a time: {' and '.join(jobs)}")
+    all_but_reconstruct = ("a question", "a chat", "--draw", "--complete", "--batch", "--caption", "--web")
     used_by = {"out": ("--draw", "--complete", "--reconstruct", "--batch"), "image": ("a question", "a chat"),
                "json": ("a question",), "attention": ("a question",), "raw": ("a question", "--batch", "--web"),
                "rows": ("--complete",), "batch_size": ("--batch",), "host": ("--web",), "port": ("--web",),
-               "temperature": ("a question", "a chat", "--draw", "--complete", "--batch", "--caption", "--web")}
+               **dict.fromkeys(("temperature", "weights", "save"), all_but_reconstruct)}
     for name, users in used_by.items():
         if getattr(args, name) and jobs[0] not in users:
             raise UserError(f"--{name.replace('_', '-')} belongs to {' or '.join(users)}, not to {jobs[0]}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import check_divisible, check_fields, read_config
+from common.quantize import quantized_linear
 from common.weights import UserError, assign, read_folder, shapes_only
 
 # From torch 2.11 on a Hopper GPU prefers cuDNN's attention to flash. cuDNN makes a plan for every new length, and every
@@ -101,6 +102,8 @@ def swiglu(gate, up, activation=F.silu):
 def linear(x, weight, bias=None):
     """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a
     batch of 16 blocks (docs/speed.md)."""
+    if hasattr(weight, "qdata"):                          # of torchao, see common/quantize.py
+        return quantized_linear(x, weight, bias)
     one_row = x.is_cpu and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
     if not one_row or len(weight) % 16:
         return F.linear(x, weight, bias)

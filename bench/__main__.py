@@ -21,7 +21,7 @@ import torch
 from bench import workload
 from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
-from bench.more_rows import image_tokenizer, pretraining, transformers
+from bench.more_rows import image_tokenizer, pretraining, quantized, transformers
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
 from common.cli import NATURAL, POSITIVE, Help, check_device, run, writable_file
 from common.sampling import capture_cuda_graph
@@ -102,7 +102,8 @@ ROWS = {"train": (train, ["small"], []), "layer": (partial(train, layouts=[(1, L
         "pretraining": (pretraining, [], ["full"]), "text": (partial(transformers, images=0), ["small"], ["layer"]),
         "llava": (partial(transformers, images=1), ["small", "medium", "layer"], ["layer"]),
         "prefill": (prefill, ["small"], ["full"]), "tokenizer": (image_tokenizer, ["full"], ["full"]),
-        "decode": (decode, ["small", "layer"], ["full"])}                 # sizes on a CPU, on a GPU
+        "decode": (decode, ["small", "layer"], ["full"]),                 # sizes on a CPU, on a GPU
+        "quantized": (quantized, ["layer", "1.1b"], ["layer", "1.1b"])}
 
 
 def main():

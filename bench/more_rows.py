@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.baselines import products_alone
 from bench.measure import measure
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
+from common.quantize import quantizer
+from common.weights import shapes_only
 from generate import generate
-from model import LibraConfig
+from model import Libra, LibraConfig
 from streams import Streams
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.plan import CLIP_L
@@ -77,6 +79,24 @@ def transformers(args, size, images):
         measure(args, f"decoding, {name}, B {rows}", {
             "ours": decoding(model, *inputs(rows), args.repeat + 1),
             "transformers": lambda tokens=tokens: [next(tokens) for _ in range(TOKENS)]}, rows * TOKENS, memory=False)
+
+
+def quantized(args, size):
+    """Decoding text in bfloat16 with the layers' weights in 8 bits, against 16 and 4: the LLaMA alone. One layer gets a
+    small vocabulary: in a whole model the head, which keeps its 16 bits, weighs little."""
+    changes = {"use_expert": False, "use_bridge": False} | ({"vocab_size": 4096} if size == "layer" else {})
+    model = new_model(size, args.device, torch.bfloat16, **changes)
+    prompts, _, _ = new_batch(model, 1, LENGTH, images=0)
+    sides = {"ours": "int8", "bfloat16": None, "int4": "int4"}
+    for side, kind in sides.items():
+        copy = model
+        if kind:
+            with shapes_only():
+                copy = Libra(model.config)
+            convert = quantizer(kind, torch.bfloat16, torch.device(args.device))
+            copy.load_state_dict({name: convert(name, x) for name, x in model.state_dict().items()}, assign=True)
+        sides[side] = decoding(copy, prompts, None, args.repeat + 1)
+    measure(args, f"decoding text, int8 weights, {size}", sides, TOKENS, memory=False)
 
 
 def new_tokenizer(device):

@@ -16,7 +16,8 @@ SIZES = {"tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_laye
                    "vocab_size": 4096, "contiguous_signal_size": 1024},
          "medium": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4, "num_attention_heads": 16,
                     "vocab_size": 4096, "contiguous_signal_size": 2048},
-         "layer": {"num_hidden_layers": 1, "vocab_size": 1024}, "full": {}}       # a layer with its share of the heads
+         "layer": {"num_hidden_layers": 1, "vocab_size": 1024}, "full": {},       # a layer with its share of the heads
+         "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}}
 LENGTH, TOKENS = 640, 32                                  # of a prompt; of a repetition of decoding
 
 

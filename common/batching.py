@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from common.quantize import parts
 from common.sampling import Step, check_finite
 
 LOOK_EVERY = {"cuda": 8}       # steps at most: to read ids from a GPU is to wait for it
@@ -20,8 +21,8 @@ class Rate:
     def __init__(self, model):
         """A step of decoding reads all weights but the embedding and those of pictures."""
         unread = "vision", "embed_tokens", "text_embeddings", "patch", "pos_embed", "mm_projector", "pixel_shuffle"
-        self.weights = sum(p.nbytes for name, p in model.named_parameters(remove_duplicate=False)
-                           if not any(part in name for part in unread))
+        weights = parts(dict(model.named_parameters(remove_duplicate=False)))
+        self.weights = sum(x.nbytes for name, x in weights.items() if not any(part in name for part in unread))
         self.device, self.read, self.written, self.steps = model.lm_head.weight.device, 0, 0, 0       # tokens; steps
         self.prefill = self.decoding = 1e-9               # seconds
 

@@ -80,6 +80,8 @@ def signal_at_parents_death(number):
 def add_device_options(group):
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     group.add_argument("--dtype", choices=list(DTYPES), help="None: bfloat16 on a GPU, else float32")
+    group.add_argument("--weights", choices=("int8", "int4"), help="quantize the layers' matrices (needs torchao)")
+    group.add_argument("--save", metavar="FOLDER", help="keep the quantized model, a folder for --model")
     group.add_argument("--no-graphs", action="store_true", help="never decode by CUDA graphs: slower, less memory")
 
 

@@ -156,10 +156,19 @@ def read_folder(folder, dtype=None, keep=lambda name: name):
 
 
 def select(tensors, dtype=None, keep=lambda name: name):
-    """-> {keep(name): tensor}, without those that keep names None. Floats are cast to dtype."""
+    """-> {keep(name): tensor}, cast, without those that keep names None"""
     renamed = {keep(name): x for name, x in tensors.items()}
-    return {name: x.to(dtype) if dtype and x.is_floating_point() else x for name, x in renamed.items()
-            if name is not None}
+    return {name: cast(name, x, dtype) for name, x in renamed.items() if name is not None}
+
+
+def cast(name, x, dtype):
+    """Floats to dtype, but not those of quantized tensors. dtype: None, or a function (name, tensor) to use instead,
+    as common/quantize.py makes it"""
+    if callable(dtype):
+        return dtype(name, x)
+    if ":" in name:                                       # for kernels that need aligned memory, which no file is
+        return x.clone()
+    return x.to(dtype) if dtype and x.is_floating_point() and not hasattr(x, "qdata") else x
 
 
 @contextmanager
@@ -174,6 +183,9 @@ def assign(module, tensors, source, may_lack=()):
     """Give tensors to a module built on the meta device, without a copy; mixed types become the widest of them. All
     names and shapes must agree, but those in `may_lack` may be missing, all or none. Returns the missing names."""
     expected, floats = module.state_dict(), (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if any(":" in name for name in tensors):
+        from common.quantize import restore  # which imports this module
+        tensors = restore(tensors, expected, source)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     found = {name: x for name, x in tensors.items() if name in expected}
     wrong = [f"{name} is {x.dtype} {tuple(x.shape)}, expected floats {tuple(expected[name].shape)}"

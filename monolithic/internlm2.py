@@ -14,6 +14,9 @@ def pack(tensors, config_of):
     config_of(name): the sizes of its heads"""
     packed = {}
     for name, tensor in tensors.items():
+        if ":" in name:                                   # a part of a quantized matrix
+            packed[name] = tensor
+            continue
         if "self_attn.q_proj" in name:
             c = config_of(name)
             parts = [tensors[name.replace("q_proj", f"{x}_proj")].unflatten(0, (c.num_key_value_heads, -1, c.head_dim))
@@ -27,18 +30,16 @@ def pack(tensors, config_of):
 
 
 def unpack(packed, config_of, source):
-    """As pack, back"""
-    tensors = {}
+    """As pack, back, one by one -> pairs of name and tensor"""
     for name, tensor in packed.items():
-        c = config_of(name)
+        c, is_whole = config_of(name), "wqkv" not in name
         for ours, theirs in NAMES.items():
             name = name.replace(theirs, ours)
-        if "self_attn.q_proj" not in name:
-            tensors[name] = tensor
+        if is_whole:
+            yield name, tensor
             continue
         if tensor.dim() != 2 or len(tensor) != (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim:
             raise UserError(f"{source}: {name} is {tuple(tensor.shape)}, which does not fit the heads of config.json")
         heads = tensor.unflatten(0, (c.num_key_value_heads, -1, c.head_dim))                  # (K, H/K + 2, d, C)
         for x, part in zip("qkv", (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])):
-            tensors[name.replace("q_proj", f"{x}_proj")] = part.flatten(0, 2)
-    return tensors
+            yield name.replace("q_proj", f"{x}_proj"), part.flatten(0, 2)

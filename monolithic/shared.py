@@ -20,7 +20,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.pictures import open_image
-from common.weights import UserError, assign, save_tensors, shapes_only, write_json
+from common.weights import (
+    UserError,
+    assign,
+    cast,
+    read_tensors,
+    save_tensors,
+    shapes_only,
+    weight_files,
+    write_json,
+)
 from data import BadSample, clean_caption, llava_turns, read_sample
 from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables
 from model import cross_entropy
@@ -317,12 +326,16 @@ def answer_loss(model, ids, loss_mask, picture):
 
 
 def from_pretrained(cls, folder, dtype=None, device="cpu", unpack=None):
-    """A released folder, or one of ours, which has the tokenizer too. dtype: as stored unless given.
-    cls.read_config(path) -> what cls takes; unpack(tensors, model.config_of, folder): from the files' names to ours"""
+    """A released folder, or one of ours, which has the tokenizer too. dtype: as stored unless given. unpack(tensors,
+    model.config_of, folder): from the files' names to ours; cls.read_config(path): what cls takes"""
     with shapes_only():
         model = cls(*cls.read_config(Path(folder) / "config.json"))
-    tensors = read_llama_tensors(folder, model.halves[-1], dtype)
-    assign(model, unpack(tensors, model.config_of, folder) if unpack else tensors, folder)
+    if unpack:
+        tensors = {name: cast(name, x, dtype) for file in weight_files(folder)
+                   for name, x in unpack(read_tensors(file), model.config_of, folder)}
+    else:
+        tensors = read_llama_tensors(folder, model.halves[-1], dtype)
+    assign(model, tensors, folder)
     if any((Path(folder) / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         model.text = open_text(folder)
         model.text.use_template()

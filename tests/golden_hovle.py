@@ -30,7 +30,7 @@ def case_hovle(folder, report, tensors, compare_gradients):
     model = HoVLE(base, pre).eval()
     expected = internlm2.pack(model.state_dict(), model.config_of)
     assert weights.keys() == expected.keys(), sorted(weights.keys() ^ expected.keys())
-    model.load_state_dict(internlm2.unpack(weights, model.config_of, folder))
+    model.load_state_dict(dict(internlm2.unpack(weights, model.config_of, folder)))
     for pixels, raw in (("pixel_values", "image_uint8"), ("gen.pixel_values", "gen.image_uint8_row1")):
         if raw in io and pixels in io:
             ours, _ = base.prepare(Image.fromarray(io[raw].byte().numpy()), 1)

@@ -92,7 +92,7 @@ def test_packed_matrix():
     q, k, v = (state[f"language_model.model.layers.0.self_attn.{x}_proj.weight"].split(8) for x in "qkv")
     wanted = torch.cat([q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]])
     assert torch.equal(packed["language_model.model.layers.0.attention.wqkv.weight"], wanted)
-    again = internlm2.unpack(packed, model.config_of, "")
+    again = dict(internlm2.unpack(packed, model.config_of, ""))
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 

@@ -50,7 +50,8 @@ def check_likelihood(tmp_path, model, image):
     seed = {"questions": [{"question_id": "1", "question": "What is it?", "question_type_id": 1, "data_type": "image",
                            "data_id": image.name, "answer": "A", **words}], "question_type": {"Scene": 1}}
     (tmp_path / "seed.json").write_text(json.dumps(seed))
-    opened, losses = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None), torch.device("cpu")), []
+    args, losses = SimpleNamespace(model=tmp_path / "2", dtype=None, weights=None, save=None), []
+    opened = open_model(args, torch.device("cpu"))
     text, config = opened.tokenizers.text, opened.config
     prompt, _ = text.chat([("What is it?", 1, None)])
     for choice in words.values():

@@ -86,7 +86,7 @@ def train_row(args, row, factor, seed, folder, part=1):
 def open_trained(row, folder):
     """The model of the row's last stage"""
     last = folder / str(len(ROWS[row][3]) - 1)
-    return open_model(SimpleNamespace(model=last, dtype="float32"), torch.device("cpu"))
+    return open_model(SimpleNamespace(model=last, dtype="float32", weights=None, save=None), torch.device("cpu"))
 
 
 def try_rate(args, row, factor):

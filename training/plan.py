@@ -3,12 +3,14 @@
     python -m training.plan pretrain --gpus 8 --memory 80 --micro-batch 8        # the paper's run
     python -m training.plan sft --gpus 1 --memory 24 --model runs/toy/pretrain   # a folder's config.json is enough
     python -m training.plan train_tokenizer --clip clip-vit-large-patch14-336
+    python -m training.plan generate                                             # which GPUs answer; or --model FOLDER
 
 --gpus N (8), --memory GB of a GPU (80), --tflops TFLOP/s that a GPU reaches (150), --text-tokens of a sample on average
 (50 in pretraining, 300 in tuning); all other options are the trainer's. FLOPs are those of an average sample, memory
 that of the longest rows (--max-length). Activations are measured by running the model on torch's fake tensors, which
 have shapes and no content. All layers are alike: Libras of one and two layers are built.
 """
+import argparse
 import importlib
 import os
 import sys
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import DTYPES, run
+from common.quantize import MATRICES
 from common.weights import UserError, shapes_only
 from model import Libra, LibraConfig, vision_sizes
 from streams import Streams
@@ -38,6 +41,10 @@ ROOM = 0.92                    # share of a GPU's memory that a run can use; the
 
 def main():
     stage = sys.argv[1] if len(sys.argv) > 1 else ""
+    if stage == "generate":
+        parser = argparse.ArgumentParser(usage="python -m training.plan generate [--model FOLDER]")
+        parser.add_argument("--model")
+        return show_answering(parser.parse_args(sys.argv[2:]).model)
     if stage not in ("pretrain", "sft", "train_tokenizer"):
         sys.exit(__doc__)
     sys.argv = [f"{stage}.py", "--plan", *sys.argv[2:]]
@@ -100,6 +107,24 @@ def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
     show(args, f"image tokenizer: {args.micro_batch} pictures of {t.config.resolution} pixels a pass", weights,
          f"{memory}\n  counted: LPIPS {'yes' if lpips else 'no, name --vgg and --lpips'}",
          {"all but LPIPS": counter.get_total_flops()})
+
+
+def show_answering(folder):
+    """What answers take of a GPU's memory, by kind of weights. folder: of a Libra; None: the paper's sizes"""
+    config, clip_config = read_sizes(folder)
+    c, n_matrices, n_others = config, 0, 0
+    for name, p in one_layer(config, False).named_parameters():
+        number = p.numel() * (c.num_hidden_layers if ".layers." in name else 1)
+        n_matrices, n_others = (n_matrices + number, n_others) if MATRICES.fullmatch(name) else (
+            n_matrices, n_others + number)
+    cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings
+    fixed = 2 * n_others + 4 * tokenizer_costs(clip_config)[0] + cache
+    print(f"GB of a GPU to answer with {c.max_position_embeddings} positions, {fixed / 1e9:.1f} of them for all but "
+          f"the layers' {n_matrices / 1e9:.2f} B weights")
+    for kind, bits in (("bfloat16", 16), ("int8", 8), ("int4", 4.5)):         # 4.5: with the groups' scales and zeros
+        total = fixed + n_matrices * bits / 8
+        fits = [f"{size} GB" for size in (12, 16, 24) if total < ROOM * size * 1e9]
+        print(f"  {kind:10}{total / 1e9:5.1f}  fits {', '.join(fits) or 'none of 12, 16 and 24 GB'}")
 
 
 def fill_in(args):
