@@ -150,9 +150,9 @@ class HaploVL(PreDecoder):
 # ---------------------------------------------------------------- stage 1: distillation, stage 2: answers
 
 class Distillation(PreDecoder):
-    """The pre-decoder with two heads. Ours: both are one matrix; the scale of the text logits learns, from CLIP's
-    1 / 0.07 on; all parts of the pre-decoder start new and learn; the connector of stage 2 starts as the text head,
-    which maps to the LLM's embeddings (in the authors' figure both heads are dropped)."""
+    """The pre-decoder with two heads, which are dropped afterwards. Ours: both are one matrix; the scale of the text
+    logits learns, from CLIP's 1 / 0.07 on; all parts of the pre-decoder start new and learn; so does the connector of
+    stage 2, here by mapping text to the LLM's embeddings themselves, which the text head only has to tell apart."""
 
     def __init__(self, base, pre, clip_width):
         super().__init__(base, pre)
@@ -160,17 +160,19 @@ class Distillation(PreDecoder):
         self.text_head = Linear(pre.hidden_size, base.hidden_size)
         self.logit_scale = nn.Parameter(torch.full((1,), 1 / 0.07))
         self.apply(shared.initialise)
-        self.model.pre_connector.requires_grad_(False)    # see save_pretrained
 
     def forward(self, batch, features, table):
         """features (patches of all tiles, width): CLIP's; table (V, D): the LLM's embeddings. -> sums over patches of
-        1 - cosine (ours), over text tokens of the cross-entropy with the token itself (current token prediction)"""
+        1 - cosine (ours), over text tokens of the cross-entropy with the token itself (current token prediction) plus
+        the connector's squared error as a share of the table's mean square (ours)"""
         x, is_patch = self.encode(batch.ids, batch)[0], batch.order >= 0      # ours: newlines are not counted
         seen = self.vision_head(x.flatten(0, 1)[batch.image_index[is_patch]])
         vision = 1 - F.cosine_similarity(seen.float(), features[batch.order[is_patch]].float(), dim=-1)
         head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
         where = batch.loss_mask.nonzero(as_tuple=True)    # as in shared.next_token_loss
-        return vision.sum(), cross_entropy(head, x[where], batch.ids[where])
+        text, ids = x[where], batch.ids[where]
+        error = (self.model.pre_connector(text) - table[ids]).float().square().mean(-1) / table.float().square().mean()
+        return vision.sum(), cross_entropy(head, text, ids) + error.sum()
 
     def save_pretrained(self, folder, tensors=None):
         """The HaploVL that stage 2 starts from, with the LLM's layers. Ours: <image> has a row of zeros in lm_head."""
@@ -178,7 +180,6 @@ class Distillation(PreDecoder):
             model = HaploVL(self.base, self.pre)
         model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
         llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
-        tensors["model.pre_connector.weight"] = tensors["text_head.weight"]
         llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
         llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
         tensors = {k: torch.zeros(t.shape) for k, t in model.state_dict().items() if "bias" in k} | llm | tensors
