@@ -380,6 +380,8 @@ def test_two_processes_and_other_options(toy, stages, tmp_path):
 @pytest.mark.slow
 def test_mistakes(toy, stages, tmp_path):
     one, two, _ = stages
-    for words, said in (([*two, "--llm", toy / "llama"], "belong to stage 1"), ([*one, "--plan"], "--plan"),
+    for words, said in (([*two, "--llm", toy / "llama"], "belong to stage 1"), ([*one, "--plan"], "into 8 GPUs"),
                         (["--stage 2 --model", toy / "llama"], "model_type haplo")):
         assert said in run("monolithic.haplovl", *words, "--out", tmp_path / "x", ok=False)
+    planned = run("monolithic.haplovl", *two, "--plan --gpus 1 --freeze-llm")
+    assert "HaploVL, stage 2" in planned and "layers (frozen)" in planned and "lm_head (frozen)" in planned

@@ -403,5 +403,7 @@ def test_the_other_mode(toy, stages, tmp_path):
 def test_mistakes(toy, stages, tmp_path):
     words, _ = stages
     for options, said in (([*words["2"], "--module-layers 2"], "belong to stage 1"),
-                          ([*words["1"], "--plan"], "--plan"), (["--stage 2 --model", toy / "llama"], "no HoVLE")):
+                          ([*words["1"], "--plan"], "into 8 GPUs"), (["--stage 2 --model", toy / "llama"], "no HoVLE")):
         assert said in run("monolithic.hovle", *options, "--out", tmp_path / "x", ok=False)
+    planned = run("monolithic.hovle", *words["3"], "--plan --gpus 1")
+    assert "HoVLE, stage 3" in planned and "language_model (frozen)" in planned               # its unused table
