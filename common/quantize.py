@@ -16,7 +16,7 @@ from common.weights import UserError
 
 MATRICES = re.compile(r"((language_model\.)?model\.layers|embedding_model\.encoder)\.\d+\."
                       r"(self_attn|mlp)\.\w+_proj\.weight(_A|_B)?")
-FEW_ROWS = 32                                             # so many are faster by torch's kernel than by torchao's
+FEW_ROWS = 32                                             # on a CPU, faster by torch's kernel than by torchao's
 
 
 def import_torchao():
@@ -70,7 +70,7 @@ def quantized_linear(x, weight, bias=None):
         raise UserError(f"int4 weights packed for a {'GPU' if for_gpu else 'CPU'} are of no use on {x.device.type}: "
                         "quantize the original folder there")
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    if is_int8 and 0 < len(rows) <= FEW_ROWS and weight.shape[1] % 16 == 0:   # it reads 16 numbers at a time
+    if is_int8 and x.is_cpu and 0 < len(rows) <= FEW_ROWS and weight.shape[1] % 16 == 0:      # it reads 16 at a time
         out = torch._weight_int8pack_mm(rows.contiguous(), weight.qdata, weight.scale.flatten().bfloat16())
     else:
         out = F.linear(rows, weight)
