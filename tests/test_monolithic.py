@@ -31,7 +31,7 @@ def test_it_answers_and_is_scored(toy, tmp_path, name, kind):
     run("generate.py", *model, "--batch", tmp_path / "in.jsonl", "--max-new-tokens 4 --out", tmp_path / "out.jsonl")
     answers = [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers[0] == alone["answer"] and len(answers) == 2
-    opened = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None), torch.device("cpu"))
+    opened = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None, weights=None, save=None), torch.device("cpu"))
     *_, words = stream(opened, "What is it?", [image], 4)
     assert words == alone["answer"]
     said = run("generate.py", *model, "--draw cat --out", tmp_path / "x.png", ok=False)
