@@ -30,6 +30,7 @@ from llama import (
     LlamaConfig,
     RMSNorm,
     apply_rope,
+    as_products,
     causal_attention,
     linear,
     read_llama_tensors,
@@ -130,8 +131,8 @@ class LowRank(nn.Module):
 
 
 def add_expert(module, config, names):
-    """For each matrix or norm `name` of a LLaMA module a `vision_name` for image tokens: low-rank, or a norm. Without an
-    expert (Table 3 d) it is the LLaMA's under a second name, which is no second parameter."""
+    """For each matrix or norm `name` of a LLaMA module a `vision_name` for image tokens; the matrices are low-rank.
+    Without an expert (Table 3 d) it is the LLaMA's under a second name, which is no second parameter."""
     for name in names:
         of_text = getattr(module, name)
         if not config.use_expert:
@@ -156,6 +157,8 @@ class LibraAttention(Attention):
 
     def attend(self, text, image, streams, rope, caches=None, layer=0):
         """(n_text, D), (n_image, D) after the norms -> the same shapes. caches: {modality: KVCache}"""
+        def merge(text, image):
+            return self.split_heads(streams.merge(text, image))                               # (B, heads, L, d)
         q_text, q_image = self.q_proj(text), self.vision_q_proj(image)                        # Eq. 1
         k_text, k_image = self.k_proj(text), self.vision_k_proj(image)
         v_text, v_image = self.v_proj(text), self.vision_v_proj(image)
@@ -173,9 +176,9 @@ class LibraAttention(Attention):
             # A zero that touches the unused bridge: DDP needs a zero gradient for it, not None.
             bridges = self.vision_k_bridge_on_language, self.vision_v_bridge_on_language
             q_text = q_text + 0 * sum(bridge(text[:0]).sum() for bridge in bridges)
-        q = apply_rope(self.merge_heads(streams, q_text, q_image), rope)
+        q = apply_rope(merge(q_text, q_image), rope)
         for modality, (k, v) in views.items():
-            k, v = apply_rope(self.merge_heads(streams, *k), rope), self.merge_heads(streams, *v)
+            k, v = apply_rope(merge(*k), rope), merge(*v)
             if caches is not None and modality in caches:
                 k, v, mask = caches[modality].update(layer, k, v)
             views[modality] = k, v
@@ -186,9 +189,6 @@ class LibraAttention(Attention):
             self.recorded_maps.append(maps)
         text, image = streams.split(out.transpose(1, 2).flatten(2))
         return self.o_proj(text), self.vision_o_proj(image)                                   # Eq. 1
-
-    def merge_heads(self, streams, text, image):
-        return self.split_heads(streams.merge(text, image))                                   # (B, heads, L, d)
 
 
 class LibraFeedForward(FeedForward):
@@ -249,14 +249,9 @@ class Libra(Llama):
         for name, weight in self.named_parameters():
             initialise(name, weight)
 
-    def leaf_modules(self):
-        """All modules that own parameters"""
-        return [module for module in self.modules() if next(module.parameters(recurse=False), None) is not None]
-
-    def llama_modules(self):
-        """Those of the LLaMA, which pretraining freezes; it trains the visual part, of which every name tells."""
-        vision = {module for name, module in self.named_modules() if "vision" in name}
-        return [module for module in self.leaf_modules() if module not in vision]
+    def llama_parameters(self):
+        """Those that pretraining freezes. It trains the visual part, whose names have "vision" in them."""
+        return [p for name, p in self.named_parameters() if "vision" not in name]
 
     def embed(self, streams, signal=None):
         """Eq. 9: an image token is embedded from its ids (E_d) and CLIP's contiguous signal (E_c) together.
@@ -269,14 +264,9 @@ class Libra(Llama):
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
             e_c = signal_by_token(signal, len(ids)).to(e_d.dtype)
-        # Under autocast embeddings are float32 and products bfloat16: the layers get the type of the products, as they
-        # do when all weights are bfloat16.
-        device, dtype = ids.device.type, e_d.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        x_image = torch.cat([e_d, e_c], dim=-1).to(dtype)                                     # Eq. 9
+        x_image = as_products(torch.cat([e_d, e_c], dim=-1))                                  # Eq. 9
         image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
-        return m.embed_tokens(streams.text_ids).to(dtype), image
+        return as_products(m.embed_tokens(streams.text_ids)), image
 
     def hidden(self, streams, signal=None, caches=None):
         """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""
