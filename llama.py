@@ -7,7 +7,6 @@ Letters: B rows, L positions, D hidden size, H heads (key-value heads may be few
 """
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +38,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     rope_scaling: dict = field(default_factory=dict)      # {}: none; of Llama 3.1, or linear
     qkv_bias: bool = False                                # Qwen 2
-    # Not fields: no LLaMA's config.json sets them, another model's configuration may.
-    bias, hidden_act = False, "silu"                      # biases of all seven matrices of a layer; the gate's function
+    bias = False           # of all seven matrices of a layer: no field, only another model's configuration sets it
 
     def __post_init__(self):
         check_fields(self)
@@ -55,11 +53,12 @@ class LlamaConfig:
         return read_config(cls, path, sizes or {}, changes)
 
 
-# ---------------------------------------------------------------- norm, positions, gate
+# ---------------------------------------------------------------- norm, positions, products
 
-def rms_norm(x, weight, eps):
-    """x (..., D), weight (D,) -> x / sqrt(mean(x^2) + eps) * weight, the mean in float32 or finer"""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+class RMSNorm(nn.RMSNorm):
+    """x (..., D) -> x / sqrt(mean(x^2) + eps) * weight, the mean in float32 or finer, the result in the type of x"""
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(config, positions, dtype):
@@ -90,15 +89,6 @@ def apply_rope(x, rope):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh,
-               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
-
-
-def swiglu(gate, up, activation=F.silu):
-    return activation(gate) * up
-
-
 def linear(x, weight, bias=None):
     """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a
     batch of 16 blocks (docs/speed.md)."""
@@ -112,22 +102,18 @@ def linear(x, weight, bias=None):
     return out if bias is None else out + bias
 
 
+def as_products(x):
+    """Under autocast norms and embeddings are float32, products bfloat16: the layers get the type of the products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class Linear(nn.Linear):
     def __init__(self, size_in, size_out, bias=False):
         super().__init__(size_in, size_out, bias)
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
 
 
 # ---------------------------------------------------------------- attention and its cache
@@ -144,9 +130,8 @@ def causal_attention(q, k, v, mask=None):
     if grouped and q.is_cuda and mask is not None:        # no fast kernel for grouped heads and a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    if mask is not None or q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    is_causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 class KVCache:
@@ -245,10 +230,10 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = F.silu                          # other models may have another
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.activation))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

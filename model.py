@@ -11,6 +11,7 @@ the grid of codes, C width of the contiguous signal E_c; n_text and n_image toke
 """
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ from llama import (
     LlamaConfig,
     RMSNorm,
     apply_rope,
+    as_products,
     causal_attention,
     linear,
     read_llama_tensors,
     rope_tables,
-    swiglu,
 )
 from streams import IMAGE, TEXT
 from text import Text, open_text
@@ -106,7 +107,8 @@ def fast_attention(q, views, streams, mask=None):
     if len(streams.query_modalities) == 1 or len(views) == 1:
         return causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
     if streams.text_positions is None:
-        return two_pass_attention(q, views, streams, mask)
+        text, image = (causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
+        return torch.where(streams.is_image[:, None, :, None], image, text)
     image = causal_attention(*(x[:, :, :streams.image_end] for x in (q, *views[IMAGE])))
     text = causal_attention(q[:, :, streams.text_positions], *views[TEXT], streams.text_mask)
     out = F.pad(image, (0, 0, 0, q.shape[2] - streams.image_end))
@@ -114,20 +116,13 @@ def fast_attention(q, views, streams, mask=None):
     return out
 
 
-def two_pass_attention(q, views, streams, mask=None):
-    """Every query against both views; the output of its own modality's view is kept."""
-    text, image = (causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
-    return torch.where(streams.is_image[:, None, :, None], image, text)
-
-
 # ---------------------------------------------------------------- the visual expert and the bridge
 
 class LowRank(nn.Module):
-    """W = B A, with A (rank, in) and B (out, rank). A bridge starts at zero: training starts from the plain expert."""
+    """W = B A, with A (rank, in) and B (out, rank)"""
 
-    def __init__(self, size_in, size_out, rank, start_at_zero=False):
+    def __init__(self, size_in, size_out, rank):
         super().__init__()
-        self.start_at_zero = start_at_zero
         self.weight_A = nn.Parameter(torch.empty(rank, size_in))
         self.weight_B = nn.Parameter(torch.empty(size_out, rank))
 
@@ -136,15 +131,17 @@ class LowRank(nn.Module):
 
 
 def add_expert(module, config, names):
-    """For each matrix `name` of a LLaMA module a low-rank `vision_name` for image tokens. Without an expert (Table 3 d)
-    `vision_name` is the LLaMA's matrix under a second name, which is no second parameter."""
+    """For each matrix or norm `name` of a LLaMA module a `vision_name` for image tokens; the matrices are low-rank.
+    Without an expert (Table 3 d) it is the LLaMA's under a second name, which is no second parameter."""
     for name in names:
-        linear = getattr(module, name)
-        if config.use_expert:
-            rank = linear.out_features // config.vision_down_ratio
-            module.add_module("vision_" + name, LowRank(linear.in_features, linear.out_features, rank))
+        of_text = getattr(module, name)
+        if not config.use_expert:
+            module.__dict__["vision_" + name] = of_text
+        elif isinstance(of_text, RMSNorm):
+            module.add_module("vision_" + name, RMSNorm(config.hidden_size, config.rms_norm_eps))
         else:
-            module.__dict__["vision_" + name] = linear
+            rank = of_text.out_features // config.vision_down_ratio
+            module.add_module("vision_" + name, LowRank(of_text.in_features, of_text.out_features, rank))
 
 
 class LibraAttention(Attention):
@@ -155,11 +152,13 @@ class LibraAttention(Attention):
         if config.use_bridge:
             for name in ("vision_k_bridge_on_language", "vision_v_bridge_on_language",
                          "vision_k_bridge_on_vision", "vision_v_bridge_on_vision"):
-                self.add_module(name, LowRank(config.hidden_size, self.k_proj.out_features, config.bridge_rank, True))
+                self.add_module(name, LowRank(config.hidden_size, self.k_proj.out_features, config.bridge_rank))
         self.recorded_maps = None                         # a list here collects the maps of plain_attention (Fig. 4)
 
     def attend(self, text, image, streams, rope, caches=None, layer=0):
         """(n_text, D), (n_image, D) after the norms -> the same shapes. caches: {modality: KVCache}"""
+        def merge(text, image):
+            return self.split_heads(streams.merge(text, image))                               # (B, heads, L, d)
         q_text, q_image = self.q_proj(text), self.vision_q_proj(image)                        # Eq. 1
         k_text, k_image = self.k_proj(text), self.vision_k_proj(image)
         v_text, v_image = self.v_proj(text), self.vision_v_proj(image)
@@ -177,9 +176,9 @@ class LibraAttention(Attention):
             # A zero that touches the unused bridge: DDP needs a zero gradient for it, not None.
             bridges = self.vision_k_bridge_on_language, self.vision_v_bridge_on_language
             q_text = q_text + 0 * sum(bridge(text[:0]).sum() for bridge in bridges)
-        q = apply_rope(self.merge_heads(streams, q_text, q_image), rope)
+        q = apply_rope(merge(q_text, q_image), rope)
         for modality, (k, v) in views.items():
-            k, v = apply_rope(self.merge_heads(streams, *k), rope), self.merge_heads(streams, *v)
+            k, v = apply_rope(merge(*k), rope), merge(*v)
             if caches is not None and modality in caches:
                 k, v, mask = caches[modality].update(layer, k, v)
             views[modality] = k, v
@@ -191,9 +190,6 @@ class LibraAttention(Attention):
         text, image = streams.split(out.transpose(1, 2).flatten(2))
         return self.o_proj(text), self.vision_o_proj(image)                                   # Eq. 1
 
-    def merge_heads(self, streams, text, image):
-        return self.split_heads(streams.merge(text, image))                                   # (B, heads, L, d)
-
 
 class LibraFeedForward(FeedForward):
     """`forward`, for text, is the LLaMA's; `expert` is the same function with the expert's matrices (Eq. 2)."""
@@ -202,17 +198,13 @@ class LibraFeedForward(FeedForward):
         add_expert(self, config, ("gate_proj", "up_proj", "down_proj"))
 
     def expert(self, image):
-        return self.vision_down_proj(swiglu(self.vision_gate_proj(image), self.vision_up_proj(image)))
+        return self.vision_down_proj(self.activation(self.vision_gate_proj(image)) * self.vision_up_proj(image))
 
 
 class LibraBlock(Block):
     def __init__(self, config):
         super().__init__(config, LibraAttention, LibraFeedForward)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            if config.use_expert:
-                self.add_module("vision_" + name, RMSNorm(config.hidden_size, config.rms_norm_eps))
-            else:
-                self.__dict__["vision_" + name] = getattr(self, name)
+        add_expert(self, config, ("input_layernorm", "post_attention_layernorm"))
 
     def forward(self, x, rope, cache=None, layer=0, streams=None):
         """x: text (n_text, D) and image (n_image, D) with their streams; or, without, (B, L, D): text alone, for which
@@ -248,28 +240,18 @@ class Libra(Llama):
             for _ in range(c.vision_codebook_num))
         self.model["vision_signal_norm"] = RMSNorm(input_size, c.rms_norm_eps)
         self.model["vision_contiguous_signal_processor"] = Linear(input_size, c.hidden_size)
-        if c.use_expert:
-            self.model["vision_norm"] = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        add_expert(self.model, c, ["norm"])
         self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
             Linear(c.hidden_size, c.vision_vocab_size) for _ in range(c.vision_codebook_num))})
         if c.contiguous_targets:
             self.vision_regression = Linear(c.hidden_size, c.contiguous_signal_size)
         self.tokenizers, self.checkpoint_activations = None, False
-        for module in self.leaf_modules():
-            initialise(module)
+        for name, weight in self.named_parameters():
+            initialise(name, weight)
 
-    def leaf_modules(self):
-        """All modules that own parameters"""
-        return [module for module in self.modules() if next(module.parameters(recurse=False), None) is not None]
-
-    def llama_modules(self):
-        """Those of the LLaMA, which pretraining freezes; the rest is the visual part, which it trains."""
-        vision = set(self.vision_modules())
-        return [module for module in self.leaf_modules() if module not in vision]
-
-    def vision_modules(self):
-        leaves = set(self.leaf_modules())
-        return [module for name, module in self.named_modules() if "vision" in name and module in leaves]
+    def llama_parameters(self):
+        """Those that pretraining freezes. It trains the visual part, whose names have "vision" in them."""
+        return [p for name, p in self.named_parameters() if "vision" not in name]
 
     def embed(self, streams, signal=None):
         """Eq. 9: an image token is embedded from its ids (E_d) and CLIP's contiguous signal (E_c) together.
@@ -282,14 +264,9 @@ class Libra(Llama):
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
             e_c = signal_by_token(signal, len(ids)).to(e_d.dtype)
-        # Under autocast embeddings are float32 and products bfloat16: the layers get the type of the products, as they
-        # do when all weights are bfloat16.
-        device, dtype = ids.device.type, e_d.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        x_image = torch.cat([e_d, e_c], dim=-1).to(dtype)                                     # Eq. 9
+        x_image = as_products(torch.cat([e_d, e_c], dim=-1))                                  # Eq. 9
         image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
-        return m.embed_tokens(streams.text_ids).to(dtype), image
+        return as_products(m.embed_tokens(streams.text_ids)), image
 
     def hidden(self, streams, signal=None, caches=None):
         """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""
@@ -298,13 +275,12 @@ class Libra(Llama):
         if caches is not None:
             positions = positions + next(iter(caches.values())).next
         rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, None, layer, streams, use_reentrant=False)
-            else:
-                x = block(x, rope, caches, layer, streams)
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x = run(x, rope, caches, layer, streams)
         text, image = x
-        return self.model.norm(text), getattr(self.model, "vision_norm", self.model.norm)(image)
+        return self.model.norm(text), self.model.vision_norm(image)
 
     def logits(self, streams, signal=None):
         """-> text (n_text, V), image (n_image, K, N + 2). The modality of a token decides which head it has."""
@@ -413,15 +389,12 @@ def vision_sizes(image_tokenizer_config):
             "image_feature_resolution": c.grid, "contiguous_signal_size": c.signal_size}
 
 
-def initialise(module):
-    """New weights: normal with standard deviation 0.02, both factors alike; a bridge's B zero; norms one."""
-    if isinstance(module, RMSNorm):
-        nn.init.ones_(module.weight)
-    elif isinstance(module, LowRank):
-        nn.init.normal_(module.weight_A, std=0.02)
-        nn.init.normal_(module.weight_B, std=0.0 if module.start_at_zero else 0.02)
-    else:
-        nn.init.normal_(module.weight, std=0.02)
+def initialise(name, weight):
+    """New weights: normal with standard deviation 0.02, both factors alike; norms one; a bridge's B zero, so that
+    training starts from the plain expert"""
+    if "norm" in name:
+        return nn.init.ones_(weight)
+    return nn.init.normal_(weight, std=0.0 if "bridge" in name and name.endswith("weight_B") else 0.02)
 
 
 def load(folder, sizes=None, dtype=None, **changes):
@@ -433,11 +406,11 @@ def load(folder, sizes=None, dtype=None, **changes):
     with shapes_only():
         model = Libra(LibraConfig.from_file(path, sizes, **changes))
     tensors = read_llama_tensors(folder, model.config, dtype)
-    vision = {name: p.numel() for name, p in model.named_parameters() if "vision" in name}
+    vision = {name: p.shape for name, p in model.named_parameters() if "vision" in name}
     if assign(model, tensors, folder, may_lack=vision.keys() if is_llama(path) else ()):
-        for module in model.vision_modules():
-            module.to_empty(device="cpu", recurse=False).to(model.lm_head.weight.dtype)
-            initialise(module)
-        print(f"{folder} holds a LLaMA without vision: the visual part, {sum(vision.values()):,} weights, is new and "
-              "untrained")
+        dtype = model.lm_head.weight.dtype
+        new = {name: initialise(name, torch.empty(shape, dtype=dtype)) for name, shape in vision.items()}
+        model.load_state_dict(new, strict=False, assign=True)
+        print(f"{folder} holds a LLaMA without vision: the visual part, {sum(x.numel() for x in new.values()):,} "
+              "weights, is new and untrained")
     return model.tie_weights()

@@ -71,8 +71,8 @@ def main():
     if is_llama(Path(require_path(args.llm)) / "config.json"):    # a Libra has its own image tokenizer
         args.image_tokenizer = args.image_tokenizer or TOY / "tokenizer"
     model = Libra.from_pretrained(args.llm, args.image_tokenizer and require_path(args.image_tokenizer), **sizes)
-    for module in model.llama_modules():
-        module.requires_grad_(False)                      # stays bit for bit as it was (Sec. 3.3)
+    for p in model.llama_parameters():
+        p.requires_grad_(False)                           # stays bit for bit as it was (Sec. 3.3)
     builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
                             args.max_length, args.seed, args.text_to_image, not args.no_caption_end,
                             image_loss=not args.language_only)

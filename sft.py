@@ -35,8 +35,8 @@ def main():
     dist = engine.setup(args)
     changes = {"chat_template": args.template} if args.template else {}
     model = Libra.from_pretrained(require_path(args.model), **changes)
-    for module in model.llama_modules() if args.freeze_llm else ():
-        module.requires_grad_(False)
+    for p in model.llama_parameters():
+        p.requires_grad_(not args.freeze_llm)
     builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
                             args.max_length, args.seed)
     train_libra(args, dist, model, builder)

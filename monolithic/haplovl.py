@@ -9,6 +9,7 @@ best after a run on captions with --freeze-llm (ours): what the pre-decoder hand
 """
 import re
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class HalfConfig(LlamaConfig):
         check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
         self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
         self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
-        if self.hidden_act not in llama.ACTIVATIONS or self.norm_mode not in NORMS:
+        if self.hidden_act not in ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
 
     def prepare(self, picture, _):
@@ -82,10 +83,20 @@ class InputRMSNorm(RMSNorm):
 
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": InputRMSNorm}
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh,
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
+
+
+class FeedForward(llama.FeedForward):
+    def __init__(self, config):
+        super().__init__(config)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
 
 def blocks(config):
-    return [Block(config, shared.BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
+    norm = NORMS[config.norm_mode]
+    return [Block(config, shared.BlockAttention, FeedForward, norm) for _ in range(config.num_hidden_layers)]
 
 
 class PreDecoder(nn.Module):

@@ -31,7 +31,7 @@ from common.weights import (
     write_json,
 )
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables
+from llama import Attention, KVCache, as_products, causal_attention, read_llama_tensors, rope_tables
 from model import cross_entropy
 from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
@@ -281,12 +281,6 @@ def initialise(module):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-
-
-def as_products(x):
-    """Under autocast norms and embeddings are float32, products bfloat16: the layers get the type of the products."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def insert(x, places, vectors):

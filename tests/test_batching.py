@@ -140,7 +140,7 @@ def test_threads_are_some_items_ahead():
 def test_the_rate(libra):
     """Prefill apart from decoding; a step reads the LLaMA's matrices once, not its embedding, nothing of pictures"""
     rate, c = Rate(libra), libra.config
-    llama = sum(p.numel() for module in libra.llama_modules() for p in module.parameters())
+    llama = sum(p.numel() for p in libra.llama_parameters())
     assert rate.weights == 4 * (llama - c.vocab_size * c.hidden_size)
     answers, _ = busy(libra, 4, max_new_tokens=30, rate=rate)
     assert rate.written == sum(n_tokens - 1 for _, n_tokens, _ in answers.values())

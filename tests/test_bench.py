@@ -41,8 +41,8 @@ def test_the_authors_way_computes_the_same(images):
 def test_the_limit_has_all_products():
     """FLOPs of the products alone: forward, the gradients of inputs, and those of weights that are trained"""
     model = tiny.libra()
-    for module in model.llama_modules():
-        module.requires_grad_(False)
+    for p in model.llama_parameters():
+        p.requires_grad_(False)
     _, *batch = new_batch(model, 1, 12)
 
     def step():

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from common.weights import UserError
-from llama import Llama, RMSNorm, apply_rope, rms_norm, rope_tables
+from llama import Llama, RMSNorm, apply_rope, rope_tables
 from model import Libra, LibraBlock, LibraConfig, cross_entropy
 from streams import IMAGE, TEXT, Streams
 from tokenizer import ClipViT
@@ -199,8 +199,8 @@ def test_text_only_is_the_llama_bit_for_bit():
 def test_pretraining_leaves_the_llama_untouched():
     model, g = tiny.libra(), torch.Generator().manual_seed(3)
     c = model.config
-    for module in model.llama_modules():
-        module.requires_grad_(False)
+    for p in model.llama_parameters():
+        p.requires_grad_(False)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     text = Streams.from_ids([tiny.text_ids(c, 12, g)], c)
     logits = model.logits(text)[0].detach()
@@ -294,9 +294,9 @@ def test_full_scale_counts_and_names():
     """11.3 B, part by part (Sec. 4.1), and exactly the published state-dict keys"""
     with torch.device("meta"):
         model = Libra(LibraConfig())
-    llama = sum(p.numel() for m in model.llama_modules() for p in m.parameters())
+    llama = sum(p.numel() for p in model.llama_parameters())
     parts = {"bridge": 0, "factors": 0, "norms": 0, "input": 0, "embeddings": 0, "heads": 0}
-    llama_ids = {id(p) for m in model.llama_modules() for p in m.parameters()}
+    llama_ids = {id(p) for p in model.llama_parameters()}
     for name, p in model.named_parameters():
         if id(p) not in llama_ids:
             part = ("bridge" if "bridge" in name else "norms" if p.dim() == 1 else "input" if "processor" in name else
@@ -335,8 +335,8 @@ def test_one_layer_at_full_width():
     torch.manual_seed(0)
     c = LibraConfig(num_hidden_layers=1, vocab_size=64)
     model = Libra(c)
-    for module in model.llama_modules():
-        module.requires_grad_(False)
+    for p in model.llama_parameters():
+        p.requires_grad_(False)
     row = torch.cat([tiny.text_ids(c, 1), tiny.image_ids(c), tiny.text_ids(c, 20)])
     loss_mask = (torch.arange(len(row)) > 1) & (torch.arange(len(row)) != 579)
     loss = model.loss(Streams.from_ids([row], c, loss_mask=[loss_mask]), torch.randn(1, 576, 4096))
@@ -358,7 +358,9 @@ def test_norm_in_16_bits(dtype):
     """The mean square is of float32, and the output has the type of the input."""
     x, weight = (torch.randn(40, 64).to(dtype) * 100), torch.randn(64)
     expected = x.double() / (x.double().square().mean(-1, True) + 1e-5).sqrt() * weight
-    y = rms_norm(x, weight, 1e-5)
+    norm = RMSNorm(64, 1e-5)
+    norm.weight.data = weight
+    y = norm(x)
     assert y.dtype == dtype and (y - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 

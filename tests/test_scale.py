@@ -283,8 +283,8 @@ def test_plan_counts_what_torch_counts(train_llama):
     """FLOPs against torch's counter, saved activations against a real pass"""
     config = LibraConfig(**CONFIG)
     streams, model = plan.example_batch(config, 2, 40, train_llama), Libra(config)
-    for module in () if train_llama else model.llama_modules():
-        module.requires_grad_(False)
+    for p in model.llama_parameters():
+        p.requires_grad_(train_llama)
     signal = torch.zeros(len(streams.image_ids), config.contiguous_signal_size)
     saved = plan.saved_bytes(model.parameters(), lambda: model.loss(streams, signal))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):      # plain products: whole squares

@@ -156,8 +156,8 @@ def init_llama(model, text):
     """An initialization from which small models learn to look things up. Matrices have the scale of their width. K
     equals Q and O equals V transposed: a token attends to tokens like it and copies them. The output embedding equals
     the input embedding, and each word of the maps starts as the sum of the words that it stands for."""
-    for module in model.llama_modules():
-        if isinstance(module, torch.nn.Linear):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "vision" not in name:
             torch.nn.init.normal_(module.weight, std=module.in_features ** -0.5)
     for attention in (block.self_attn for block in model.model.layers):
         attention.k_proj.weight.data.copy_(attention.q_proj.weight)
