@@ -130,8 +130,9 @@ def causal_attention(q, k, v, mask=None):
     if grouped and q.is_cuda and mask is not None:        # no fast kernel for grouped heads and a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    is_causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+    if mask is not None or q.shape[2] == 1:               # two calls: the compiler takes no symbol as is_causal
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 class KVCache:

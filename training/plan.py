@@ -261,9 +261,9 @@ def activation_bytes(config, streams, train_llama, dtype, args):
     def measure(layers):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Libra(replace(config, num_hidden_layers=layers, contiguous_targets=False))
-            model.to(dtype)                               # autocast's copies are counted as weights
-            for p in model.llama_parameters():
-                p.requires_grad_(train_llama)
+            for part, module in model.named_modules():    # in `dtype`: autocast's copies are counted as weights
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(p.to(dtype), train_llama or "vision" in part))
             signal = torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype)
             return saved_bytes(model.parameters(), lambda: model.loss(streams, signal))
     one, two = measure(1), measure(2)
