@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.attention_maps import overlay
 from common.cli import explain
-from common.weights import UserError, read_json
+from common.weights import UserError, inside, read_json
 
 QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}           # all requests wait for the one model in one queue
 CSS = """button[aria-label=Share], button[aria-label=Clear] {display: none}
@@ -40,8 +40,11 @@ def serve(functions, args, sampling, grid=None):
                 picture_tab(gr, words, lambda text, _, t: functions["draw"]([text], **how(t))[0], args)
             with gr.Tab("Complete"):
                 given = gr.Image(label="Picture", height=240, sources=["upload"], render=False)
-                picture_tab(gr, given, lambda image, rows, t: functions["complete"](
-                    [image["path"]], int(rows), **how(t))[0], args, grid)
+
+                def complete(image, rows, temperature):   # of uploads only: gradio lets any path through
+                    path = inside(given.GRADIO_CACHE, os.path.relpath(image["path"], given.GRADIO_CACHE))
+                    return functions["complete"]([path], int(rows), **how(temperature))[0]
+                picture_tab(gr, given, complete, args, grid)
     _, url, _ = page.queue(max_size=64).launch(
         server_name=args.host or "127.0.0.1", server_port=args.port, share=False, ssr_mode=False, max_file_size="20mb",
         footer_links=[], run_history=False, enable_monitoring=False, css=CSS, head=CSP, quiet=True,

@@ -166,6 +166,10 @@ def test_uploads_are_limited_and_other_files_out_of_reach(model, tmp_path, opene
     picture = tmp_path / "not_uploaded.png"
     Image.new("RGB", (8, 8)).save(picture)
     assert reply(url, user(QUESTION, picture)).startswith("event: error")
+    without_meta = {"data": [{"path": str(picture)}, 2, 1]}                     # gradio does not look at its path
+    _, answer = post(f"{url}gradio_api/call/run_1", json.dumps(without_meta).encode(), "application/json")
+    with urllib.request.urlopen(f"{url}gradio_api/call/run_1/{json.loads(answer)['event_id']}", timeout=60) as events:
+        assert "leads out of the folder" in events.read().decode()
     assert reply(url, user(QUESTION)).startswith("event: generating")
     with urllib.request.urlopen(f"{url}config", timeout=60) as response:
         config = json.load(response)
