@@ -1,5 +1,6 @@
 """Rows that are kept busy: every text is the one that its prompt has alone, whatever stands in the other rows."""
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,21 @@ def test_threads_are_some_items_ahead():
     assert first.result() == 0 and max(begun) <= 7
     for n, future in enumerate(futures, 1):
         assert future.result() == n * n and max(begun) <= n + 8
+
+
+def test_threads_of_torch():
+    """One for a thread that prepares, all for the one that computes, and for those that come later"""
+    def alone(function):
+        with ThreadPoolExecutor(1) as new:
+            return new.submit(function).result()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        ready = alone(lambda: [future.result() for future in prepare_ahead(lambda _: torch.get_num_threads(), [0], 1)]
+                      + [torch.get_num_threads()])
+        assert ready == [1, 3] and alone(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_rate(libra):
