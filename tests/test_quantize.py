@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sft
 from common.quantize import parts, quantized_linear, quantizer
 from common.weights import UserError
 from evaluate import fingerprint
@@ -21,7 +22,7 @@ from monolithic.hovle import HoVLE
 from monolithic.llava import Llava, LlavaConfig
 from streams import Streams
 from text import IMG, Text
-from training import engine, plan
+from training import plan
 
 CPU, SYSTEMS = torch.device("cpu"), ("libra", "haplovl", "hovle", "llava")
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -149,7 +150,7 @@ def test_a_missing_package_is_named(folder, monkeypatch):
         opened(folder, "int8")
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, monkeypatch):
     build("libra", tmp_path).save_pretrained(tmp_path / "model")
     small, name = tmp_path / "small", "model.layers.0.mlp.up_proj.weight"
     opened(tmp_path / "model", "int4", save=small)
@@ -158,9 +159,10 @@ def test_mistakes(tmp_path):
                             ((small, "int4"), "quantized already")):
         with pytest.raises(UserError, match=said):
             opened(*arguments)
-    args = SimpleNamespace(compile=False, engine="ddp")
-    with pytest.raises(UserError, match="cannot be trained"):
-        engine.distribute(Libra.from_pretrained(small), [], args, engine.Dist(0, 1, CPU, torch.float32))
+    for options in ([], ["--freeze-llm"]):
+        monkeypatch.setattr(sys, "argv", ["sft.py", "--model", str(small), "--out", str(tmp_path / "tuned"), *options])
+        with pytest.raises(UserError, match="cannot be trained"):
+            sft.main()
     for rows, columns in ((40, 64), (64, 40)):
         with pytest.raises(UserError, match="multiples of 16 rows and 32 columns, use int8"):
             quantizer("int4", torch.float32, CPU)(name, torch.randn(rows, columns))

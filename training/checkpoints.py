@@ -212,10 +212,13 @@ def state_of(models, optimizers, saved=()):
 
 
 def fingerprint(*modules, samples=1024):
-    """Identity of the frozen weights: a hash over names, shapes and at most `samples` values of each tensor."""
+    """Identity of the frozen weights: a hash over names, shapes and at most `samples` values of each tensor. UserError
+    for quantized ones, frozen or not."""
     sha = hashlib.sha256()
     for module in modules:
         for name, p in module.named_parameters():
+            if hasattr(p, "qdata"):
+                raise UserError("quantized weights cannot be trained: give the folder that they were made from")
             if not p.requires_grad:
                 values = p.detach().flatten()[::max(1, p.numel() // samples)][:samples].float().cpu()
                 sha.update(f"{name} {tuple(p.shape)}".encode() + values.numpy().tobytes())

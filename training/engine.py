@@ -235,8 +235,6 @@ def gather_lists(values, dist):
 def distribute(model, blocks, args, dist):
     """Put a model on the device and share it among the processes: trained weights in float32, frozen ones in the dtype
     of the products. blocks: the layers, which zero and fsdp gather one at a time. -> the module to call"""
-    if any(hasattr(p, "qdata") for p in model.parameters()):
-        raise UserError("quantized weights cannot be trained: give the folder that they were made from")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64         # one graph for each layout of rows
         for block in blocks:
