@@ -266,11 +266,13 @@ def attention(model, question, images, raw=False, history=()):
     """Attention of the token before the answer, on the codes of n pictures -> (layers, 1, heads, n*G*G)"""
     (ids,), signal = encode_prompts(model, [(question, images)], raw, history)
     maps, layers = [], [block.self_attn for block in model.model.layers]
-    for layer in layers:
-        layer.recorded_maps = maps
-    model.hidden(Streams.from_ids([ids], model.config).to(model.lm_head.weight.device), signal)
-    for layer in layers:
-        layer.recorded_maps = None
+    try:                                                  # it may be too long for the positions, or for the memory
+        for layer in layers:
+            layer.recorded_maps = maps
+        model.hidden(Streams.from_ids([ids], model.config).to(model.lm_head.weight.device), signal)
+    finally:
+        for layer in layers:
+            layer.recorded_maps = None
     codes = ids[:, 0] - model.config.vocab_size
     is_code = (codes >= 0) & (codes < model.config.codes)                                     # neither BOI nor EOI
     return torch.stack([m[:, :, -1, is_code] for m in maps]).float().cpu()

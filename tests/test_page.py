@@ -92,6 +92,9 @@ def test_attention_of_several_pictures(model, pictures):
     assert both.shape == (2, 1, 4, 2, 16) and (both > 0).all() and (both.sum((-1, -2)) < 1).all()
     other = generate.attention(model, LATER, [red, red], history=history).unflatten(-1, (2, 16))
     assert not both[0].equal(other[0]) and generate.attention(model, LATER, [red]).shape == (2, 1, 4, 16)
+    with pytest.raises(UserError, match="longer than max_position_embeddings"):
+        generate.attention(model, QUESTION * 99, [red])
+    assert all(layer.self_attn.recorded_maps is None for layer in model.model.layers)         # the page goes on
     seen = generate.as_seen(model, red)
     assert seen.size == (32, 32) and page.overlay(seen, both[0, 0, 0, 0].unflatten(0, (4, 4))).size == (32, 32)
 
