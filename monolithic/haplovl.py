@@ -182,7 +182,8 @@ class Distillation(PreDecoder):
         head = lambda text: self.logit_scale * F.linear(self.text_head(text), table)
         where = batch.loss_mask.nonzero(as_tuple=True)    # as in shared.next_token_loss
         text, ids = x[where], batch.ids[where]
-        error = (self.model.pre_connector(text) - table[ids]).float().square().mean(-1) / table.float().square().mean()
+        scale = torch.linalg.vector_norm(table, dtype=torch.float32).square() / table.numel()         # no float32 copy
+        error = (self.model.pre_connector(text) - table[ids]).float().square().mean(-1) / scale
         return vision.sum(), cross_entropy(head, text, ids) + error.sum()
 
     def save_pretrained(self, folder, tensors=None):

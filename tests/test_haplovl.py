@@ -15,7 +15,7 @@ from common.sampling import Sampler
 from common.weights import UserError, shapes_only
 from llama import Llama
 from monolithic import shared
-from monolithic.haplovl import HalfConfig, HaploVL, InputRMSNorm, read_config
+from monolithic.haplovl import Distillation, HalfConfig, HaploVL, InputRMSNorm, read_config
 from text import IMG
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 90, "image_token_index": 88, "patch_size": 4, "default_image_size": 8,
@@ -300,6 +300,20 @@ def test_defaults_of_the_published_config(tmp_path):
 
 
 # ---------------------------------------------------------------- training
+
+@pytest.mark.parametrize("far", [0.0, 1.0])
+def test_the_connector_maps_text_to_the_embeddings(far):
+    """Its loss is a share of their mean square: 0 at the embeddings themselves, 1 at zero. Equal logits: log V"""
+    torch.manual_seed(0)
+    model, table, n = Distillation(*halves(), 24), 3 * torch.randn(90, 48), len(PROMPTS[2])
+    torch.nn.init.zeros_(model.text_head.weight)
+    batch, _ = batch_of(model, PROMPTS[2:], [])
+    wanted = (1 - far) * table[batch.ids]
+    model.model.pre_connector.register_forward_hook(lambda *_: wanted.flatten(0, 1))
+    _, text = model(batch._replace(loss_mask=torch.ones(1, n, dtype=torch.bool)), torch.zeros(0, 24), table)
+    share = far * table[batch.ids].square().mean(-1).sum() / table.square().mean()
+    torch.testing.assert_close(text, n * torch.tensor(90.0).log() + share)
+
 
 @pytest.fixture(scope="module")
 def stages(toy, tmp_path_factory):
