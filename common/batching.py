@@ -5,7 +5,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from threading import Thread
 from types import SimpleNamespace
 
 import torch
@@ -36,19 +35,18 @@ class Rate:
                 f"of weights; memory: {memory / 1e9:.2f} GB at most")
 
 
-def compute_alone(n_threads):
-    """torch: no more threads than this one. It would be so for all that begin later, so one of them sets it back."""
-    torch.get_num_threads()                               # else the first computation takes the number of the latter
+def use_one_thread(n_threads):
+    """For what torch computes in this thread. torch makes that the number of later threads too: one puts theirs back"""
+    torch.get_num_threads()                               # a thread's first use of torch sets its number: before, then
     torch.set_num_threads(1)
-    later = Thread(target=torch.set_num_threads, args=(n_threads,))
-    later.start()
-    later.join()
+    with ThreadPoolExecutor(1) as later:
+        later.submit(torch.set_num_threads, n_threads)
 
 
 def prepare_ahead(prepare, items, ahead):
     """Yields futures of prepare(item) for the items in order. Threads work on them, so many ahead of the caller."""
-    # To ask for the number also fixes it for the caller's thread.
-    with ThreadPoolExecutor(initializer=compute_alone, initargs=(torch.get_num_threads(),)) as threads:
+    # To ask for the number also sets the caller's, if this is its first use of torch.
+    with ThreadPoolExecutor(initializer=use_one_thread, initargs=(torch.get_num_threads(),)) as threads:
         futures = (threads.submit(prepare, item) for item in items)
         waiting = deque(islice(futures, ahead))
         while waiting:

@@ -212,8 +212,7 @@ def state_of(models, optimizers, saved=()):
 
 
 def fingerprint(*modules, samples=1024):
-    """Identity of the frozen weights: a hash over names, shapes and at most `samples` values of each tensor. UserError
-    for quantized ones, frozen or not."""
+    """Identity of the frozen weights: a hash over names, shapes and `samples` values a tensor. UserError: quantized"""
     sha = hashlib.sha256()
     for module in modules:
         for name, p in module.named_parameters():
