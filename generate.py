@@ -302,7 +302,7 @@ def options():
                    "heat maps of each layer's attention on the picture before the answer, and Fig. 7's differences")
     g.add_argument("--web", action="store_true", default=None, help="open a page to chat in, and to draw in with a "
                    "pretrained model; needs the package gradio")
-    g.add_argument("--host", help="address of --web; None: 127.0.0.1, which only this machine reaches")
+    g.add_argument("--host", help="address of --web, which has no password; None: 127.0.0.1, only for this machine")
     g.add_argument("--port", type=bounded(int, 1, 65535), help="of --web; None: 7860, or the next one that is free")
     g.add_argument("--out", type=cli.writable_file, metavar="FILE", help="None: out.png, or answers.jsonl for --batch")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")

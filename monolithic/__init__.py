@@ -1,6 +1,7 @@
 """Two systems without a vision encoder, HaploVL and HoVLE, and a LLaVA-like one to hold them against."""
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 from common.cli import DTYPES, require_path
@@ -28,6 +29,8 @@ def open_model(args, device):
     model = cls.from_pretrained(args.model, dtype=dtype, device=device).eval()
     if save and os.environ.get("RANK", "0") == "0":       # of evaluate.py's processes the first
         model.save_pretrained(save, parts(model.state_dict()))
+        if (recipe := path.with_name("recipe.json")).is_file():               # which tells a pretrained Libra
+            shutil.copy(recipe, save)
     if isinstance(model, Libra):
         return model
     if model.text is None:

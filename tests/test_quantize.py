@@ -106,7 +106,9 @@ def test_only_matrices_of_layers_and_logits_near(folder, kind, least, most):
 
 @pytest.mark.parametrize("kind, most", [("int8", 0.6), ("int4", 0.4)])
 def test_saved_is_loaded_as_it_was(folder, tmp_path, kind, most):
+    (folder / "recipe.json").write_text('{"llm": "llama"}')
     made = opened(folder, kind, "bfloat16", save=tmp_path / "small")
+    assert (tmp_path / "small/recipe.json").read_text() == '{"llm": "llama"}'
     again, original = opened(tmp_path / "small", dtype="bfloat16"), opened(folder, dtype="bfloat16")
     found, wanted = parts(again.state_dict()), parts(made.state_dict())
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
