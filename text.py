@@ -45,6 +45,7 @@ class Text:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path}: not a SentencePiece model (a git-lfs pointer, or a cut download?)") from None
+        self.added = read_settings(self.path.parent, SETTINGS[0]).get("added_tokens_decoder")
         self.start, self.ends = [self.model.bos_id()], [self.model.eos_id()]
         self.newline, self.blank = (self._encode("\n") or [0])[-1], self.model.piece_to_id("▁")
         self.vocab_size, bytes_ = self.model.vocab_size(), self.model.is_byte(self.model.piece_to_id("<0x0A>"))
@@ -76,8 +77,7 @@ class Text:
 
     def id_of(self, token):
         """Of a control token -> id or None. tokenizer_config.json may have named a spare piece anew (InternLM2)."""
-        added = read_settings(self.path.parent, SETTINGS[0]).get("added_tokens_decoder")
-        for found, entry in added.items() if isinstance(added, dict) else ():
+        for found, entry in self.added.items() if isinstance(self.added, dict) else ():
             if isinstance(entry, dict) and entry.get("content") == token and found.isdecimal():
                 return int(found) if int(found) < self.vocab_size else None
         found = self.model.piece_to_id(token)
