@@ -1,8 +1,9 @@
 # make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds;
 #                  DEVICE=cuda: on a GPU, in bfloat16
-# make test        a virtual environment, the packages, the linter, all tests; under 10 minutes on two cores
+# make test        a virtual environment, the packages, the linter, all tests but test-tables; minutes on two cores
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
 # make fuzz        20,000 damaged inputs of everything that reads files; three minutes
+# make test-tables  a row of each of the long tables below, at tiny sizes; minutes
 # make test-gpu    training on a GPU against the CPU
 # make demo-seeds  the Libra stages with two more seeds: mean and spread
 # make ablate      Table 3: Libra and seven rows, three seeds; hours
@@ -99,7 +100,11 @@ clean-demo:
 
 test test-fast: $(VENV)/test
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(filter test-fast,$@),-m "not slow")
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		-m "not $(if $(filter test-fast,$@),slow,tables)"
+
+test-tables: $(VENV)/test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m tables
 
 test-gpu: $(VENV)/test
 	LIBRA_GPU=1 $(RUN) -m pytest -m gpu
@@ -116,4 +121,4 @@ $(VENV)/test: requirements-test.txt $(VENV)/run
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo demo-seeds demo-llm ablate compare bench clean-demo test test-fast test-gpu fuzz
+.PHONY: demo demo-seeds demo-llm ablate compare bench clean-demo test test-fast test-tables test-gpu fuzz

@@ -18,6 +18,7 @@ def test_tasks():
 
 
 @pytest.mark.slow
+@pytest.mark.tables
 def test_one_row(toy, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(compare, "FACTORS", (0.5,))
     monkeypatch.setattr(compare, "run_tasks", lambda _, tasks: [task(*words) for task, *words in tasks])

@@ -322,6 +322,7 @@ def test_the_report_judges_itself(toy, base, tuned):
 
 
 @pytest.mark.slow
+@pytest.mark.tables
 def test_table_3_from_end_to_end(toy, tokenizer, tmp_path):
     """Three rows of Table 3, trained, measured, in a table and a picture; a second call finds all of it there"""
     shutil.copytree(toy, tmp_path / "toy", ignore=shutil.ignore_patterns("pretrain", "sft", "checkpoint*"))

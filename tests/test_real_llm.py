@@ -12,6 +12,7 @@ from toy import real_llm
 
 
 @pytest.mark.slow
+@pytest.mark.tables
 def test_one_row(toy, tokenizer, tmp_path, monkeypatch, capsys):
     (tmp_path / "llm").mkdir()
     llm = tiny.bpe(tmp_path / "llm", "<|im_start|>")
