@@ -142,12 +142,16 @@ class KVCache:
 
     def __init__(self, config, rows, length, like):
         """length: most positions of a row; like: a tensor of the wanted device and dtype"""
-        self.empty = lambda rows, length: KVCache(config, rows, length, like)     # -> another one of the same model
+        self.config = config
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.keys, self.values = like.new_zeros(shape).unbind(), like.new_zeros(shape).unbind()
         self.lengths, self.filled = [0] * rows, 0                                 # of each row; of the longest
         self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
         self.next, self.mask, self.fixed = torch.zeros((), dtype=torch.long, device=like.device), None, False
+
+    def empty(self, rows, length):
+        """-> an empty cache of the same model"""
+        return KVCache(self.config, rows, length, self.keys[0])
 
     def update(self, layer, k, v):
         """Store new keys and values (B, H_kv, L, d). -> all keys, all values, mask for causal_attention"""
@@ -170,7 +174,7 @@ class KVCache:
         else:
             self.next += 1                                # in place: a CUDA graph reads it at this address
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
-        self.lengths_changed()
+        self.update_mask()
 
     def replace(self, rows, other=None):
         """The rows of another cache take the place of these; None: these rows are empty again."""
@@ -182,9 +186,9 @@ class KVCache:
             mine[index, :, :other.filled] = theirs[:, :, :other.filled]
         for row, length in zip(rows, other.lengths if other else [0] * len(rows)):
             self.lengths[row] = length
-        self.lengths_changed()
+        self.update_mask()
 
-    def lengths_changed(self):
+    def update_mask(self):                                # after a change of the lengths
         self.filled = max(self.lengths)
         if self.fixed:
             self.mask.copy_((self.places <= self.next)[:, None])

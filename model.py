@@ -410,7 +410,7 @@ def load(folder, sizes=None, dtype=None, **changes):
     if assign(model, tensors, folder, may_lack=vision.keys() if is_llama(path) else ()):
         dtype = model.lm_head.weight.dtype
         new = {name: initialise(name, torch.empty(shape, dtype=dtype)) for name, shape in vision.items()}
-        model.load_state_dict(new, strict=False, assign=True)
+        model.load_state_dict(model.state_dict() | new, assign=True)
         print(f"{folder} holds a LLaMA without vision: the visual part, {sum(x.numel() for x in new.values()):,} "
               "weights, is new and untrained")
     return model.tie_weights()

@@ -16,12 +16,12 @@ def attention_difference(maps):
 def plot_attention(picture, maps, cross, inner):
     """maps: (layers, 1, heads, G*G) -> a figure: heat maps of each layer over a PIL image, mean over heads, and the two
     differences by layer"""
-    heat = maps.mean(dim=(1, 2)).unflatten(1, (round(maps.shape[-1] ** 0.5), -1)).numpy()     # (layers, G, G)
-    rows = [heat[first:first + 8] for first in range(0, len(heat), 8)]
+    heat = maps.mean(dim=(1, 2)).unflatten(1, (round(maps.shape[-1] ** 0.5), -1))             # (layers, G, G)
+    rows = [[overlay(picture, of_layer) for of_layer in heat[first:first + 8]] for first in range(0, len(heat), 8)]
     titles = [f"layer {layer}, at most {of_layer.max():.3f}" for layer, of_layer in enumerate(heat)]
     figure = new_figure(2 * len(rows[0]), 2.2 * len(rows) + 2.6)
     upper, lower = figure.subfigures(2, height_ratios=(2.2 * len(rows), 2.6))
-    show_pictures(upper, [[picture] * len(row) for row in rows], titles=titles, heat_maps=rows)
+    show_pictures(upper, rows, titles=titles)
     plot_curves(lower.subplots(), {"cross-layer difference": cross, "inner-layer difference": inner}, "layer",
                 "mean absolute difference")
     return figure

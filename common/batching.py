@@ -36,17 +36,18 @@ class Rate:
 
 
 def use_one_thread(n_threads):
-    """For what torch computes in this thread. torch makes that the number of later threads too: one puts theirs back"""
-    torch.get_num_threads()                               # a thread's first use of torch sets its number: before, then
+    """This thread computes with one core, all others with n_threads as before. torch hands the last number that was
+    set to every thread that computes for the first time, so a thread that ends at once sets n_threads again."""
+    torch.get_num_threads()                               # this thread's first use of torch sets its number: now
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(1) as later:
-        later.submit(torch.set_num_threads, n_threads)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(torch.set_num_threads, n_threads)
 
 
 def prepare_ahead(prepare, items, ahead):
     """Yields futures of prepare(item) for the items in order. Threads work on them, so many ahead of the caller."""
-    # To ask for the number also sets the caller's, if this is its first use of torch.
-    with ThreadPoolExecutor(initializer=use_one_thread, initargs=(torch.get_num_threads(),)) as threads:
+    n_threads = torch.get_num_threads()                   # the caller's first use of torch, if it is one: see above
+    with ThreadPoolExecutor(initializer=use_one_thread, initargs=(n_threads,)) as threads:
         futures = (threads.submit(prepare, item) for item in items)
         waiting = deque(islice(futures, ahead))
         while waiting:
@@ -66,14 +67,14 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
     last = torch.zeros(n_rows, dtype=torch.long, device=rate.device)          # each row's last id
     look_every = 1 if sampler.temperature else LOOK_EVERY.get(rate.device.type, 1)
     while True:
-        began, rows = time.perf_counter(), [row for row in range(n_rows) if row not in texts]
+        began, free = time.perf_counter(), [row for row in range(n_rows) if row not in texts]
         # Several prompts are read faster together, so free rows wait until they are a quarter of all.
-        new = list(islice(prompts, len(rows))) if 4 * len(rows) >= n_rows else []
+        new = list(islice(prompts, len(free))) if 4 * len(free) >= n_rows else []
         if new:
-            (numbers, asked), rows = zip(*new), rows[:len(new)]
+            (numbers, asked), rows = zip(*new), free[:len(new)]
             hidden, read_caches, room = read(numbers, asked)
             most = [min(max_new_tokens, tokens) for tokens in room]
-            if place(read_caches, caches, rows, n_rows, max(most) + look_every):
+            if copy_into_rows(read_caches, caches, rows, n_rows, max(most) + look_every):
                 fed = SimpleNamespace(text_ids=last.clone(), image_ids=last[:0])
                 next_hidden = Step(partial(step, fed.text_ids[:, None], caches), fed, dict(enumerate(caches)), graphs)
             texts |= {row: (number, [], tokens) for row, number, tokens in zip(rows, numbers, most)}
@@ -81,7 +82,7 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
             rate.read += sum(read_caches[-1].lengths)
         elif texts:
             for cache in caches:
-                cache.replace(rows)                       # a free row must not run out of its buffer
+                cache.replace(free)                       # a free row is fed too: it must not run out of its buffer
             rows, n_steps = list(texts), min(max(1, 2 * n_steps), look_every)                 # new ones may end soon
             rate.steps += n_steps
         else:
@@ -93,23 +94,29 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
             last[index] = chosen[-1][0]
         new_ids, largest = (torch.stack(values, dim=1) for values in zip(*chosen))            # (rows, steps)
         check_finite(largest)
-        new_ids = new_ids.tolist()
+        new_ids = new_ids.tolist()                        # here a GPU is waited for
         seconds = time.perf_counter() - began
         rate.prefill, rate.decoding = rate.prefill + seconds * bool(new), rate.decoding + seconds * (not new)
         for row, tokens in zip(rows, new_ids):
             number, ids, most = texts[row]
-            n = next((n for n, token in enumerate(tokens, 1) if token in stop), len(tokens))
-            tokens = tokens[:min(n, most - len(ids))]     # what stands behind the end is dropped
-            ids += tokens
-            rate.written += 0 if new else len(tokens)
-            if ended := ids[-1] in stop or len(ids) == most:
+            n_added, ended = add_ids(ids, tokens, most, stop)
+            rate.written += 0 if new else n_added
+            if ended:
                 del texts[row]
             yield number, ids, ended
 
 
-def place(new, caches, rows, n_rows, room):
-    """Copy new caches into these rows of the others, which are replaced by longer ones if they lack room for the new
-    rows and so many tokens behind them. -> whether they were"""
+def add_ids(ids, tokens, most, stop):
+    """Append tokens to ids up to one of `stop` or to `most` ids; the rest is dropped. -> how many, whether it ended"""
+    n = next((n for n, token in enumerate(tokens, 1) if token in stop), len(tokens))
+    tokens = tokens[:min(n, most - len(ids))]
+    ids += tokens
+    return len(tokens), ids[-1] in stop or len(ids) == most
+
+
+def copy_into_rows(new, caches, rows, n_rows, room):
+    """Copy caches that have read prompts into these rows of the others. A cache that has no room for them and so many
+    tokens behind them is replaced by a longer one. -> whether any was"""
     before = list(caches)
     for n, cache in enumerate(new):
         length = -(-(cache.filled + room) // 64) * 64     # in steps, so that it happens seldom
@@ -120,4 +127,3 @@ def place(new, caches, rows, n_rows, room):
             caches[n:n + 1] = [longer]
         caches[n].replace(rows, cache)
     return caches != before
-

@@ -23,20 +23,14 @@ def plot_curves(axes, curves, x_label, y_label, window=1):
     axes.legend()
 
 
-def show_pictures(figure, rows, row_labels=(), titles=(), heat_maps=None):
-    """rows: lists of PIL pictures or arrays; titles: of the pictures, row by row; heat_maps: like rows, (h, w) arrays
-    laid over the pictures in red, each scaled by its maximum. -> the axes, an array (rows, columns)"""
+def show_pictures(figure, rows, row_labels=(), titles=()):
+    """rows: lists of PIL pictures or arrays; titles: of the pictures, row by row. -> the axes, (rows, columns)"""
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
-            height, width = np.asarray(picture).shape[:2]
             grid[r, c].imshow(picture)
-            if heat_maps is not None:
-                heat = np.asarray(heat_maps[r][c])
-                grid[r, c].imshow(np.ones_like(heat), alpha=0.85 * heat / heat.max(), cmap="autumn_r", vmin=0, vmax=1,
-                                  extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
     for axes, label in zip(grid[:, 0], row_labels):
         axes.set_ylabel(label)
     for axes, title in zip(grid.flat, titles):

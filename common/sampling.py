@@ -25,6 +25,7 @@ class Sampler:
                             f"top_p {top_p} in (0, 1]")
         self.temperature = temperature if temperature > 1e-4 else 0.0
         self.top_k, self.top_p = top_k, top_p
+        # Each takes 5 KB: those of rows that ended long ago are forgotten.
         self.generator = functools.lru_cache(2 ** 14)(lambda row: torch.Generator().manual_seed(seed + row))
 
     def __call__(self, logits, rows):

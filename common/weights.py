@@ -166,7 +166,7 @@ def cast(name, x, dtype):
     as common/quantize.py makes it"""
     if callable(dtype):
         return dtype(name, x)
-    if ":" in name:                                       # for kernels that need aligned memory, which no file is
+    if ":" in name:                                       # quantized: its kernels need memory aligned, files are not
         return x.clone()
     return x.to(dtype) if dtype and x.is_floating_point() and not hasattr(x, "qdata") else x
 

@@ -134,7 +134,7 @@ class PreDecoder(nn.Module):
 
 
 class HaploVL(PreDecoder):
-    """`text` is set when the model came from a folder with tokenizer.model."""
+    """`text` is set when the model came from a folder with a tokenizer."""
     read, forward, row_lengths = shared.read, shared.next_token_loss, shared.row_lengths
     read_config, from_pretrained = staticmethod(read_config), classmethod(shared.from_pretrained)
 

@@ -60,7 +60,7 @@ def build(args, _):
         llm, text, clip, sizes = stages.new_parts(args)
         new = {"clip": sizes, "image_token_index": llm.config.vocab_size, "tie_word_embeddings": False}
         model = Llava(LlavaConfig(**asdict(llm.config) | new))
-        model.load_state_dict(llm.state_dict(), strict=False)
+        model.load_state_dict(model.state_dict() | llm.state_dict())
         model.model.mm_projector.apply(shared.initialise)
         model.model["vision_tower"], model.text = clip, text
     else:

@@ -127,18 +127,18 @@ def to_pixels(tiles, mean=MEAN, std=STD):
 
 # ---------------------------------------------------------------- rows of ids
 
-def spell_out(ids, loss_mask, sizes, image_token, most=math.inf, edges=([], [])):
+def expand_images(ids, loss_mask, sizes, image_token, most=math.inf, edges=([], [])):
     """Replace each IMG by its picture's number of image tokens between edges, none of which is a target. What would
     pass `most` tokens is cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
-    spelled, labels, n_pictures = [], [], 0
+    expanded, labels, n_pictures = [], [], 0
     for token, label in zip(ids, loss_mask):
         piece = edges[0] + [image_token] * sizes[n_pictures] + edges[1] if token == IMG else [token]
-        if len(spelled) + len(piece) > most:
+        if len(expanded) + len(piece) > most:
             break
-        spelled += piece
+        expanded += piece
         labels += [0 if token == IMG else label] * len(piece)
         n_pictures += token == IMG
-    return spelled, labels, n_pictures
+    return expanded, labels, n_pictures
 
 
 def pad(rows):
@@ -246,7 +246,7 @@ class ChatBuilder:
         labels = [1] * len(ids) if self.every_token else labels
         c, pictures = self.config, [self.config.prepare(picture, len(pictures)) for picture in pictures]
         sizes, most = [len(order) for _, order in pictures], min(self.max_length, c.max_position_embeddings)
-        ids, labels, n_pictures = spell_out(ids, labels, sizes, c.image_token_index, most, c.edges)
+        ids, labels, n_pictures = expand_images(ids, labels, sizes, c.image_token_index, most, c.edges)
         if not any(labels):
             raise BadSample("no_label", name)
         return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
@@ -314,7 +314,7 @@ def answer_loss(model, ids, loss_mask, picture):
     """-> the mean loss of the targets of a row with one picture. ids, loss_mask: as text.chat makes them"""
     config = model.halves[-1]
     tiles, order = config.prepare(open_image(picture), 1)
-    ids, loss_mask, _ = spell_out(ids, loss_mask, [len(order)], config.image_token_index, edges=config.edges)
+    ids, loss_mask, _ = expand_images(ids, loss_mask, [len(order)], config.image_token_index, edges=config.edges)
     batch = Batch.build(*pad([ids]), [(tiles, order)], config, torch.tensor([loss_mask]).bool())
     return next_token_loss(model, batch.to(model.lm_head.weight.device)) / batch.loss_mask.sum()
 
@@ -385,7 +385,7 @@ def read(model, prompts, pictures=()):
         n = ids.count(IMG)
         ready += [p if isinstance(p, tuple) else config.prepare(open_image(p), n) for p in pictures[len(ready):][:n]]
         sizes = [len(order) for _, order in ready[len(ready) - n:]]
-        rows.append(spell_out(ids, ids, sizes, config.image_token_index, edges=config.edges)[0])
+        rows.append(expand_images(ids, ids, sizes, config.image_token_index, edges=config.edges)[0])
     lengths = model.row_lengths(rows)
     longest, most = min(((max(half_lengths), half.max_position_embeddings) for half_lengths, half in
                          zip(lengths, model.halves)), key=lambda pair: pair[1] - pair[0])

@@ -63,10 +63,10 @@ def run_stage(parser, build, *stage_1):
         raise UserError(f"{words} belong to stage 1, --model to the later ones")
     if args.plan:
         plan.fill_in(args)
-        torch.set_default_dtype(dtype := DTYPES[args.dtype])      # .to() fails on fake weights
-        with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.nn.Module.to", lambda module, *_: module):
-            stage = build(args, engine.Dist(0, 1, torch.device("cpu"), dtype))
-        torch.set_default_dtype(torch.float32)
+        dist, no_cast = engine.Dist(0, 1, torch.device("cpu"), DTYPES[args.dtype]), lambda module, *_: module
+        with FakeTensorMode(allow_non_fake_inputs=True), plan.default_dtype(dist.dtype), \
+                patch("torch.nn.Module.to", no_cast):
+            stage = build(args, dist)
         return show_plan(args, stage)
     dist = engine.setup(args)
     args.engine = "fsdp" if args.engine == "auto" else args.engine            # several processes: it needs least memory
@@ -124,7 +124,7 @@ def show_plan(args, stage):
         raise UserError(f"a picture of 640 x 480 has {n_image} tokens, a row {most}: give a larger --max-length")
 
     def run_pass(n_rows, n_text):                         # all of the text counts
-        ids, labels, _ = shared.spell_out([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
+        ids, labels, _ = shared.expand_images([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
                                           config.image_token_index, edges=config.edges)
         batch = shared.Batch.build(*shared.pad([ids] * n_rows), [picture] * n_rows, config,
                                    torch.tensor([labels] * n_rows).bool())

@@ -53,7 +53,7 @@ def batch_of(model, prompts, pictures, left=False):
     ready, rows = [shared.prepare_picture(p, model.base) for p in pictures], []
     sizes = [len(order) for _, order in ready]
     for ids in prompts:
-        rows.append(shared.spell_out(ids, ids, sizes, model.base.image_token_index)[0])
+        rows.append(shared.expand_images(ids, ids, sizes, model.base.image_token_index)[0])
         sizes = sizes[ids.count(IMG):]
     ids, mask = shared.pad(rows)
     if left:
@@ -246,7 +246,7 @@ def test_tiles():
 
 
 def test_a_cut_never_goes_through_an_image():
-    ids, labels, n = shared.spell_out([1, IMG, 2, IMG, 3], [0, 1, 1, 1, 1], [4, 4], 88, 9)
+    ids, labels, n = shared.expand_images([1, IMG, 2, IMG, 3], [0, 1, 1, 1, 1], [4, 4], 88, 9)
     assert ids == [1, 88, 88, 88, 88, 2] and labels == [0, 0, 0, 0, 0, 1] and n == 1
 
 

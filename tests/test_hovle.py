@@ -51,7 +51,7 @@ def batch_of(model, prompts, pictures, loss_masks=None):
     for i, ids in enumerate(prompts):
         n = ids.count(IMG)
         shown = [config.prepare(p, n) for p in pictures[len(ready):][:n]]
-        spelled = shared.spell_out(ids, loss_masks[i] if loss_masks else ids, [len(order) for _, order in shown],
+        spelled = shared.expand_images(ids, loss_masks[i] if loss_masks else ids, [len(order) for _, order in shown],
                                    config.image_token_index, edges=config.edges)
         rows, labels, ready = [*rows, spelled[0]], [*labels, spelled[1]], ready + shown
     padded, real = shared.pad(rows)
@@ -279,7 +279,7 @@ def test_unpaired_rows():
     builder = shared.UnpairedBuilder(SimpleNamespace(start=[1], newline=2, vocab_size=90), BASE, 9)
     samples = []
     for i in (5, 6):
-        ids, labels, _ = shared.spell_out([1, IMG, i, i, i], [1] * 5, [4], 92, edges=BASE.edges)
+        ids, labels, _ = shared.expand_images([1, IMG, i, i, i], [1] * 5, [4], 92, edges=BASE.edges)
         samples.append({"ids": ids, "labels": labels, "name": str(i),
                         "pictures": [(torch.full((1, 3, 16, 16), float(i)), torch.arange(4))]})
     batch = builder.collate(samples, [])

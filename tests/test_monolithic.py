@@ -57,7 +57,8 @@ def check_likelihood(tmp_path, model, image):
     for choice in words.values():
         ids, loss_mask = text.chat([("What is it?", 1, choice)])
         answer, picture = [token for token, label in zip(ids, loss_mask) if label], config.prepare(open_image(image), 1)
-        ids = shared.spell_out(prompt + answer, ids, [len(picture[1])], config.image_token_index, edges=config.edges)[0]
+        ids, _, _ = shared.expand_images(prompt + answer, ids, [len(picture[1])], config.image_token_index,
+                                         edges=config.edges)
         batch = shared.Batch.build(*shared.pad([ids]), [picture], config)
         with torch.no_grad():
             p = opened.lm_head(opened.hidden(batch.ids, batch))[0, -1 - len(answer):-1].log_softmax(-1)

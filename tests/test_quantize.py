@@ -75,7 +75,7 @@ def logits(model, length=40):
         return torch.cat([text.flatten(), image.flatten()]).float()
     config, noise = model.halves[-1], torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
     tiles, order = config.prepare(Image.fromarray(noise.numpy()), 1)
-    ids, _, _ = shared.spell_out([*ids[:5], IMG, *ids[5:]], [0] * 41, [len(order)], config.image_token_index,
+    ids, _, _ = shared.expand_images([*ids[:5], IMG, *ids[5:]], [0] * 41, [len(order)], config.image_token_index,
                                  edges=config.edges)
     batch = shared.Batch.build(*shared.pad([ids]), [(tiles, order)], config)
     return model.lm_head(model.hidden(batch.ids, batch)).float()

@@ -177,12 +177,13 @@ def run_all(args):
                      if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()])
     run_tasks(args, [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
                      if not (args.out / f"{row}-{seed}/result.json").exists()])
-    if (args.out / "costs.json").exists():
+    path = args.out / "costs.json"
+    if path.exists() and set(args.rows) <= read_json(path).keys():
         return
     costs = {row: training_costs(args, row) for row in args.rows}
     models = {row: open_trained(row, args.out / f"{row}-{args.seeds[0]}") for row in args.rows}
     times = answering_times(models, args)
-    write_json(args.out / "costs.json", {row: costs[row] | times[row] | {
+    write_json(path, {row: costs[row] | times[row] | {
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
 
 

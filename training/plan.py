@@ -14,6 +14,7 @@ import argparse
 import importlib
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -150,6 +151,17 @@ def read_sizes(llm, image_tokenizer=None, **changes):
     return config, clip_config
 
 
+@contextmanager
+def default_dtype(dtype):
+    """New weights have this type: fake ones cannot be cast"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # ---------------------------------------------------------------- weights
 
 def count(module):
@@ -259,11 +271,10 @@ def example_batch(config, samples, text_tokens, train_llama):
 def activation_bytes(config, streams, train_llama, dtype, args):
     """Bytes that a pass saves, from models of one and of two layers. args: --checkpoint-activations, --compile"""
     def measure(layers):
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):     # autocast's copies count as weights
             model = Libra(replace(config, num_hidden_layers=layers, contiguous_targets=False))
-            for part, module in model.named_modules():    # in `dtype`: autocast's copies are counted as weights
-                for name, p in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, torch.nn.Parameter(p.to(dtype), train_llama or "vision" in part))
+            for p in model.llama_parameters():
+                p.requires_grad_(train_llama)
             signal = torch.empty(len(streams.image_ids), config.contiguous_signal_size, dtype=dtype)
             return saved_bytes(model.parameters(), lambda: model.loss(streams, signal))
     one, two = measure(1), measure(2)
