@@ -17,6 +17,7 @@ from common.weights import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOY = Path("runs/toy")                                    # where `make demo` works; default paths point there
+DEMO = "captions", "chats", "eval", "clip", "llama", "tokenizer", "pretrain", "sft", "foreign"      # its folders
 PEERS = []                                                # the run's other processes on this machine
 
 
@@ -52,8 +53,10 @@ def writable_file(text):
 
 def require_path(path):
     if not Path(path).exists():
-        hint = "`make demo` makes it" if TOY in Path(path).parents else "check the name; --help says what is expected"
-        raise UserError(f"{path} is not there: {hint}")
+        made = [TOY / name for name in DEMO if not (TOY / name).exists()]
+        is_made = any(folder in (Path(path), *Path(path).parents) for folder in made)
+        raise UserError(f"{path} is not there: " + (
+            "`make demo` makes it" if is_made else "check the name; --help says what is expected"))
     return path
 
 

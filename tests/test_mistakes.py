@@ -45,6 +45,7 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--seed 4294967296", "expected at least 0 and at most 4294967295"),
     (stage1.main, "--timeout 1e300", "--timeout: 1e300: expected at most 1000000 and above 0"),
     (stage1.main, "", "runs/toy/llama is not there: `make demo` makes it"),
+    (stage1.main, "--llm runs/toy/lama", "runs/toy/lama is not there: check the name"),
     (stage1.main, "--llm nowhere", "nowhere is not there: check the name"),
     (stage1.main, "--lr nan", "--lr: nan: expected at least 0"),
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
