@@ -19,30 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import llama
 from common.config import check_divisible, is_llama
 from common.weights import UserError, assign, save_tensors, shapes_only, write_json
-from llama import (
-    Attention,
-    Block,
-    FeedForward,
-    Linear,
-    Llama,
-    LlamaConfig,
-    RMSNorm,
-    apply_rope,
-    as_products,
-    causal_attention,
-    linear,
-    read_llama_tensors,
-    rope_tables,
-)
 from streams import IMAGE, TEXT
 from text import Text, open_text
 from tokenizer import ImageTokenizer
 
 
 @dataclass
-class LibraConfig(LlamaConfig):
+class LibraConfig(llama.LlamaConfig):
     """A LLaMA's fields and Libra's own; the defaults are the published 11.3 B model's."""
     vision_vocab_size: int = 514                          # N codes, BOI, EOI
     vision_codebook_num: int = 2                          # K
@@ -105,12 +91,12 @@ def fast_attention(q, views, streams, mask=None):
     for the image queries, and one call for the text queries alone. Any other batch: two causal calls.
     """
     if len(streams.query_modalities) == 1 or len(views) == 1:
-        return causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
+        return llama.causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
     if streams.text_positions is None:
-        text, image = (causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
+        text, image = (llama.causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
         return torch.where(streams.is_image[:, None, :, None], image, text)
-    image = causal_attention(*(x[:, :, :streams.image_end] for x in (q, *views[IMAGE])))
-    text = causal_attention(q[:, :, streams.text_positions], *views[TEXT], streams.text_mask)
+    image = llama.causal_attention(*(x[:, :, :streams.image_end] for x in (q, *views[IMAGE])))
+    text = llama.causal_attention(q[:, :, streams.text_positions], *views[TEXT], streams.text_mask)
     out = F.pad(image, (0, 0, 0, q.shape[2] - streams.image_end))
     out[:, :, streams.text_positions] = text              # index_copy cannot be compiled before torch 2.13
     return out
@@ -127,7 +113,7 @@ class LowRank(nn.Module):
         self.weight_B = nn.Parameter(torch.empty(size_out, rank))
 
     def forward(self, x):
-        return linear(linear(x, self.weight_A), self.weight_B)
+        return llama.linear(llama.linear(x, self.weight_A), self.weight_B)
 
 
 def add_expert(module, config, names):
@@ -137,14 +123,14 @@ def add_expert(module, config, names):
         of_text = getattr(module, name)
         if not config.use_expert:
             module.__dict__["vision_" + name] = of_text
-        elif isinstance(of_text, RMSNorm):
-            module.add_module("vision_" + name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        elif isinstance(of_text, llama.RMSNorm):
+            module.add_module("vision_" + name, llama.RMSNorm(config.hidden_size, config.rms_norm_eps))
         else:
             rank = of_text.out_features // config.vision_down_ratio
             module.add_module("vision_" + name, LowRank(of_text.in_features, of_text.out_features, rank))
 
 
-class LibraAttention(Attention):
+class LibraAttention(llama.Attention):
     """`attend` is Eq. 1 and 3-5 over two streams; `forward`, for text alone, is the LLaMA's."""
     def __init__(self, config):
         super().__init__(config)
@@ -176,9 +162,9 @@ class LibraAttention(Attention):
             # A zero that touches the unused bridge: DDP needs a zero gradient for it, not None.
             bridges = self.vision_k_bridge_on_language, self.vision_v_bridge_on_language
             q_text = q_text + 0 * sum(bridge(text[:0]).sum() for bridge in bridges)
-        q = apply_rope(merge(q_text, q_image), rope)
+        q = llama.apply_rope(merge(q_text, q_image), rope)
         for modality, (k, v) in views.items():
-            k, v = apply_rope(merge(*k), rope), merge(*v)
+            k, v = llama.apply_rope(merge(*k), rope), merge(*v)
             if caches is not None and modality in caches:
                 k, v, mask = caches[modality].update(layer, k, v)
             views[modality] = k, v
@@ -191,7 +177,7 @@ class LibraAttention(Attention):
         return self.o_proj(text), self.vision_o_proj(image)                                   # Eq. 1
 
 
-class LibraFeedForward(FeedForward):
+class LibraFeedForward(llama.FeedForward):
     """`forward`, for text, is the LLaMA's; `expert` is the same function with the expert's matrices (Eq. 2)."""
     def __init__(self, config):
         super().__init__(config)
@@ -201,7 +187,7 @@ class LibraFeedForward(FeedForward):
         return self.vision_down_proj(self.activation(self.vision_gate_proj(image)) * self.vision_up_proj(image))
 
 
-class LibraBlock(Block):
+class LibraBlock(llama.Block):
     def __init__(self, config):
         super().__init__(config, LibraAttention, LibraFeedForward)
         add_expert(self, config, ("input_layernorm", "post_attention_layernorm"))
@@ -229,7 +215,7 @@ class Tokenizers:
     image: ImageTokenizer
 
 
-class Libra(Llama):
+class Libra(llama.Llama):
     """`tokenizers` is set when the model came from a folder."""
 
     def __init__(self, config):
@@ -238,13 +224,13 @@ class Libra(Llama):
         self.model["vision_embed_tokens"] = nn.ModuleList(
             nn.Embedding(c.vision_vocab_size, c.hidden_size // c.vision_codebook_num)
             for _ in range(c.vision_codebook_num))
-        self.model["vision_signal_norm"] = RMSNorm(input_size, c.rms_norm_eps)
-        self.model["vision_contiguous_signal_processor"] = Linear(input_size, c.hidden_size)
+        self.model["vision_signal_norm"] = llama.RMSNorm(input_size, c.rms_norm_eps)
+        self.model["vision_contiguous_signal_processor"] = llama.Linear(input_size, c.hidden_size)
         add_expert(self.model, c, ["norm"])
         self.vision_lm_head = nn.ModuleDict({"heads": nn.ModuleList(
-            Linear(c.hidden_size, c.vision_vocab_size) for _ in range(c.vision_codebook_num))})
+            llama.Linear(c.hidden_size, c.vision_vocab_size) for _ in range(c.vision_codebook_num))})
         if c.contiguous_targets:
-            self.vision_regression = Linear(c.hidden_size, c.contiguous_signal_size)
+            self.vision_regression = llama.Linear(c.hidden_size, c.contiguous_signal_size)
         self.tokenizers, self.checkpoint_activations = None, False
         for name, weight in self.named_parameters():
             initialise(name, weight)
@@ -263,10 +249,10 @@ class Libra(Llama):
         e_d = torch.cat([bank(ids[:, k]) for k, bank in enumerate(m.vision_embed_tokens)], dim=-1)     # (n_image, D)
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
-            e_c = signal_by_token(signal, len(ids)).to(e_d.dtype)
-        x_image = as_products(torch.cat([e_d, e_c], dim=-1))                                  # Eq. 9
+            e_c = streams.signal_by_token(signal).to(e_d.dtype)
+        x_image = llama.as_products(torch.cat([e_d, e_c], dim=-1))                            # Eq. 9
         image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
-        return as_products(m.embed_tokens(streams.text_ids)), image
+        return llama.as_products(m.embed_tokens(streams.text_ids)), image
 
     def hidden(self, streams, signal=None, caches=None):
         """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""
@@ -274,7 +260,7 @@ class Libra(Llama):
         positions = torch.arange(streams.length, device=streams.is_image.device)
         if caches is not None:
             positions = positions + next(iter(caches.values())).next
-        rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
+        rope = llama.rope_tables(self.config, positions, self.lm_head.weight.dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
@@ -311,7 +297,7 @@ class Libra(Llama):
         rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
         if signal is None:
             signal = image.new_zeros(len(image), self.config.contiguous_signal_size)
-        target = signal_by_token(signal, len(image))[rows + 1].float()
+        target = streams.signal_by_token(signal)[rows + 1].float()
         error = self.vision_regression(image[rows]).float() - F.layer_norm(target, target.shape[-1:])
         unused = sum(head(image[:0]).sum() for head in self.vision_lm_head.heads)             # zero gradients for DDP
         return (error.square().mean(-1) * target.any(-1)).sum() + 0 * unused
@@ -373,15 +359,6 @@ def cross_entropy(head, hidden, targets, rows_at_once=2048):
     return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in parts)
 
 
-def signal_by_token(signal, n_tokens):
-    """E_c of whole images (n_images, G*G, C), or (n_image, C) already -> (n_image, C), zero at BOI and EOI"""
-    if signal.dim() == 3:
-        signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)
-    if len(signal) != n_tokens:
-        raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {n_tokens}")
-    return signal
-
-
 def vision_sizes(image_tokenizer_config):
     """The fields of LibraConfig that follow from the image tokenizer"""
     c = image_tokenizer_config
@@ -405,7 +382,7 @@ def load(folder, sizes=None, dtype=None, **changes):
     path = Path(folder) / "config.json"
     with shapes_only():
         model = Libra(LibraConfig.from_file(path, sizes, **changes))
-    tensors = read_llama_tensors(folder, model.config, dtype)
+    tensors = llama.read_llama_tensors(folder, model.config, dtype)
     vision = {name: p.shape for name, p in model.named_parameters() if "vision" in name}
     if assign(model, tensors, folder, may_lack=vision.keys() if is_llama(path) else ()):
         dtype = model.lm_head.weight.dtype

@@ -3,9 +3,11 @@
 Text goes through the LLaMA and image tokens through the visual expert, as plain matrix products; the streams are merged
 in sequence order only for attention. What depends on the ids is worked out here, once a batch, on the CPU.
 
-Letters: B rows, L positions of the longest row, K codebooks, V text vocabulary, W any width.
+Letters: B rows, L positions of the longest row, K codebooks, V text vocabulary, G side of the grid of codes, C width of
+the contiguous signal E_c, W any width.
 """
 import torch
+import torch.nn.functional as F
 
 from common.weights import UserError
 
@@ -90,6 +92,14 @@ class Streams:
         ids = self.image_ids.view(len(codes), -1, codes.shape[2])                             # (n_images, G*G + 2, K)
         ids = torch.cat([ids[:, :1], codes, ids[:, -1:]], dim=1).flatten(0, 1)
         return Streams(**(vars(self) | {"image_ids": ids}))
+
+    def signal_by_token(self, signal):
+        """E_c of whole images (n_images, G*G, C), or (n_image, C) already -> (n_image, C), zero at BOI and EOI"""
+        if signal.dim() == 3:
+            signal = F.pad(signal, (0, 0, 1, 1)).flatten(0, 1)
+        if len(signal) != len(self.image_ids):
+            raise UserError(f"contiguous signal for {len(signal)} image tokens, the batch has {len(self.image_ids)}")
+        return signal
 
     def to(self, device):
         tensors = {name: getattr(self, name) for name in self.TENSORS}
