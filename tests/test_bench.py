@@ -58,7 +58,7 @@ def test_the_limit_has_all_products():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, count", [("--rows train compile decode quantized", 17), ("--against .", 4)])
+@pytest.mark.parametrize("words, count", [("--rows train long compile decode quantized", 17), ("--against .", 4)])
 def test_rows(words, count, tmp_path):
     run = bench(*words.split(), "--sizes", "tiny", "--repeat", "1", "--out", tmp_path / "rows.json")
     assert run.returncode == 0, run.stderr
