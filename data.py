@@ -17,6 +17,7 @@ import re
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -137,17 +138,21 @@ def read_tar(source, name, files):
             caption = parse_json(content[last["json"]]).get("caption")
         except (ValueError, AttributeError):
             raise BadSample("bad_json", name) from None
-    if not caption and isinstance(caption, (str, list, type(None))) and last.get("txt") in content:
-        text = content[last["txt"]]
+    captions = caption if isinstance(caption, list) else [caption]
+    is_empty = all(text is None or isinstance(text, str) and not words_of(text) for text in captions)
+    if is_empty and last.get("txt") in content:
+        text, caption = content[last["txt"]], None
         utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))                                  # a byte-order mark
-        caption = text.decode("utf-16" if utf16 else "utf-8-sig", "replace")
+        with suppress(UnicodeDecodeError):
+            caption = text.decode("utf-16" if utf16 else "utf-8-sig")
     return name, caption, [io.BytesIO(content[picture])]
 
 
 def read_entry(source, index):
     entry = source.entries[index]
     name = str(entry.get("id", entry.get("image_id", entry.get("image", index))))
-    if media := {"video", "audio"} & {key for key, value in entry.items() if value}:
+    others = ("video", "videos", "audio", "audios", *["images"] * (not entry.get("image")))
+    if media := [key for key in others if entry.get(key)]:
         raise BadSample("other_media", f"{name} has {', '.join(media)}")
     paths = entry.get("image") or []
     try:
@@ -162,35 +167,38 @@ def read_entry(source, index):
     return name, entry["caption" if source.kind == "coco" else "conversations"], files
 
 
-def clean_caption(caption, name, random=None):
-    """Lower case, '*', '#', '~' and repeated blanks to one blank, at most 64 words. A list stands for one of its
-    captions, which the generator `random` chooses; what is no text is no caption."""
-    if isinstance(caption, list):
-        texts = [text for text in caption if isinstance(text, str) and text.strip()]
-        caption = texts[random.integers(len(texts))] if texts else None
-    words = re.sub(r"[*#~]", " ", caption.lower()).split() if isinstance(caption, str) else []
-    if not words:
+def words_of(text):
+    """-> at most 64 words in lower case, '*', '#', '~' left out; of what is no text none"""
+    is_text = isinstance(text, str) and "\0" not in text  # UTF-16 and UTF-32 without a mark have zeros
+    return re.sub(r"[*#~]", " ", text.lower()).split()[:64] if is_text else []
+
+
+def clean_caption(caption, name, random):
+    """The words of a caption with a blank between them. A list stands for one of its captions, which the generator
+    `random` chooses; what has no words is no caption."""
+    texts = [words for text in (caption if isinstance(caption, list) else [caption]) if (words := words_of(text))]
+    if not texts:
         raise BadSample("no_caption", name)
-    return " ".join(words[:64])
+    return " ".join(texts[random.integers(len(texts))])
 
 
 def llava_turns(conversation, n_images, name):
     """[{"from": "human" | "gpt", "value"}] -> [(question without <image>, number of images, answer)]"""
     if not isinstance(conversation, list) or not conversation:
         raise BadSample("no_label", name)
-    messages = conversation[1:] if conversation[0].get("from") != "human" else conversation   # as LLaVA's own code
-    if len(messages) % 2:
-        raise BadSample("roles", f"{name} has a question without an answer")
+    messages = conversation[1:] if conversation[0].get("from") == "gpt" else conversation     # as LLaVA's own code
     turns = []
     for question, answer in zip(messages[::2], messages[1::2]):
         if question.get("from") != "human" or answer.get("from") != "gpt":
             raise BadSample("roles", name)
         words, lines = question["value"], [line.strip() for line in question["value"].splitlines()]
-        if {"<video>", "<audio>"} & set(lines):
+        if re.search("<(video|audio|speech)>", words):
             raise BadSample("other_media", name)
         # In a chat without images <image> is text, unless it is a whole line: then an image is missing.
         marks = words.count(MARK) if n_images else lines.count(MARK)
         turns.append((words.replace(MARK, "").strip() if marks else words, marks, answer["value"] + ""))
+    if len(messages) % 2:
+        raise BadSample("roles", f"{name} has a question without an answer")
     if sum(marks for _, marks, _ in turns) != n_images:
         raise BadSample("image_marks", name)
     return turns

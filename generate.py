@@ -29,7 +29,7 @@ from common.page import serve
 from common.pictures import open_image
 from common.sampling import Sampler, Step, check_finite, next_tokens, place_in_image
 from common.terminal import chat
-from common.weights import UserError, read_json
+from common.weights import UserError, named, read_json
 from llama import KVCache, linear
 from model import Libra
 from monolithic import open_model
@@ -123,6 +123,7 @@ def encode_images(model, images, square=True, zeroed=False):
     pixels = torch.stack([image if isinstance(image, torch.Tensor) else prepare_picture(model, image, square=square)
                           for image in images])
     codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
+    check_finite(tokenizer.quantized(signal)[2])          # ids would hide it
     return (codes.cpu().zero_(), signal.zero_()) if zeroed else (codes.cpu(), signal)
 
 
@@ -253,9 +254,10 @@ def finish_images(model, starts, codes, n_given, **sampling):
 
 def reconstruct(tokenizer, image):
     """-> the picture as the tokenizer sees it beside its reconstruction from ids (Fig. 2, 5), PSNR in dB"""
-    pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None]
-    pixels = pixels.to(tokenizer.quant_conv.weight)
-    drawn = check_finite(tokenizer.decode(tokenizer.encode(pixels)[0])).float().clamp(-1, 1)
+    pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None].to(tokenizer.quant_conv.weight)
+    codes, signal = tokenizer.encode(pixels)
+    check_finite(tokenizer.quantized(signal)[2])
+    drawn = check_finite(tokenizer.decode(codes)).float().clamp(-1, 1)
     rgb = to_rgb(pixels).float()
     psnr = float(10 * torch.log10(4 / (rgb - drawn).square().mean()))
     return to_picture(torch.cat([rgb[0], drawn[0]], dim=2)), psnr
@@ -414,7 +416,7 @@ def show_attention(model, question, image, path):
 def answer_file(model, args, prompts, sampling):
     """Entries of a file -> a file of the same entries with answers, in their order"""
     batch_size, cut_lines, rate = args.batch_size or 16, [], Rate(model)
-    with open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:             # lone surrogates
+    with named(args.out), open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:   # lone surrogates
         for start in tqdm(range(0, len(prompts), batch_size), desc="batches"):
             numbers, asked = zip(*prompts[start:start + batch_size])
             rows = [(entry["question"], [entry["image"]] if entry.get("image") else []) for entry in asked]

@@ -100,7 +100,7 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     log need}. A step's loss is the sum of all losses over the number of all targets, of all passes and processes.
     """
     sources, held_out = (open_sources(files, args.images) for files in (args.data, args.val_data))
-    if both := {source.path for source in sources} & {source.path for source in held_out}:
+    if both := set.intersection(*({Path(file.path).resolve() for file in group} for group in (sources, held_out))):
         raise UserError(f"--val-data {both.pop()} is in --data too: a held-out loss needs other samples")
     frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad} if dist.first else {}
     wrapped = engine.distribute(model, blocks, args, dist)
@@ -275,8 +275,9 @@ def save_page(dist, model, batches, path, n_rows=6, side=112):
             ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in text.start + text.ends]
             lines = "\n".join(textwrap.wrap(text.decode(ids), 100)[-3:])
             ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
-    path.parent.mkdir(exist_ok=True)
-    page.save(path)
+    with engine.or_warn(path):
+        path.parent.mkdir(exist_ok=True)
+        page.save(path)
 
 
 if __name__ == "__main__":

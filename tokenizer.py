@@ -318,7 +318,7 @@ class ImageTokenizerConfig:
                  f"resolution {c.resolution} and grid {c.grid} do not fit a CLIP of {clip.image_size} pixels"),
                 (c.select_layers and max(c.select_layers) <= layers, f"select_layers are {list(c.select_layers)}, but "
                  f"the states of its CLIP are 0 (the embedding) to {layers}"),
-                (len(c.ch_mult) > 1, f"ch_mult {list(c.ch_mult)} has one level, expected two or more"),
+                (1 < len(c.ch_mult) <= 16, f"the levels of ch_mult are {len(c.ch_mult)}, expected 2 to 16"),
                 (c.quantizer == "vq" or c.codebook_size.bit_count() == 1, f"codebook_size is {c.codebook_size}, "
                  "expected a power of two: an id is made of bits")):
             if not fits:

@@ -242,7 +242,6 @@ def main():
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder), folder)
         tokenizer.clip.requires_grad_(False)
-    args.frozen = fingerprint(tokenizer)
     tokenizer.to(dist.device)
     discriminator = Discriminator().to(dist.device)
     if bool(args.vgg) != bool(args.lpips):
@@ -250,6 +249,7 @@ def main():
     if args.clip_weight and args.encoder != "clip":
         raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     lpips = LPIPS().read(args.vgg, args.lpips).to(dist.device) if args.vgg else None
+    args.frozen = fingerprint(*filter(None, (tokenizer, lpips)))
     sources = open_sources(args.data, args.images, only_pictures=True)
     models = [Trained(tokenizer, args.entropy_weight).to(dist.device), discriminator]
     wrapped = [engine.replicate(model, dist) for model in models]
@@ -328,8 +328,9 @@ def save_samples(dist, tokenizer, batches, path):
     if dist.first and len(pixels):
         with dist.autocast():
             rebuilt = tokenizer.decode(tokenizer.encode(pixels)[0]).float()
-        path.parent.mkdir(exist_ok=True)
-        to_picture(torch.cat(list(torch.cat([to_rgb(pixels), rebuilt], dim=2)), dim=2)).save(path)
+        with engine.or_warn(path):
+            path.parent.mkdir(exist_ok=True)
+            to_picture(torch.cat(list(torch.cat([to_rgb(pixels), rebuilt], dim=2)), dim=2)).save(path)
 
 
 if __name__ == "__main__":

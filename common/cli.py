@@ -94,6 +94,8 @@ def run(main):
     debug, sys.argv = "--debug" in sys.argv, [word for word in sys.argv if word != "--debug"]
     if not debug:
         sys.unraisablehook = lambda _: None               # what Python ignores anyway, but shows with a traceback
+    if hasattr(sys.stdout, "reconfigure"):                # names may be no UTF-8; stderr prints them anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         for reader in multiprocessing.active_children():  # one that hangs ignores the SIGTERM of Python's exit

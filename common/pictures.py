@@ -2,11 +2,12 @@
 import io
 import struct
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.weights import UserError, error_text
+from common.weights import UserError, check_file, error_text
 
 # What Pillow raises on damaged files.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, struct.error)
@@ -22,6 +23,7 @@ def open_image(source):
     """A file, bytes or a PIL image -> RGB PIL image: EXIF rotation is applied, transparent parts become white, 16 bits
     become 8. UserError where it is missing, no picture, cut off, or has more pixels than Pillow's MAX_IMAGE_PIXELS."""
     source = io.BytesIO(source) if isinstance(source, bytes) else source
+    source = check_file(source) if isinstance(source, (str, Path)) else source
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -36,8 +38,6 @@ def open_image(source):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
     except (Image.DecompressionBombError, *DAMAGED) as error:
         source = "a picture in memory" if isinstance(source, io.BytesIO) else source
         raise UserError(f"{source}: cannot be read as a picture ({error_text(error)})") from None

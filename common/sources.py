@@ -80,12 +80,13 @@ class Source:
     entries: Entries = field(default_factory=Entries, repr=False)
 
     def identity(self):
-        """Name and content: of a tar its size and both ends, where the first and the last header stand"""
+        """Name and content: of a tar its size, its end and blocks spread over it, which are all of a small one"""
         if self.kind != "tar":
             return [Path(self.path).name, hashlib.sha256(self.entries.bytes).hexdigest()]
         with open(self.path, "rb") as file:
             size = file.seek(0, 2)
-            content = [file.read(65536) for start in (0, max(0, size - 65536)) if file.seek(start) >= 0]
+            starts = [*range(0, size, max(65536, size // 16)), max(0, size - 65536)]
+            content = [file.read(65536) for start in starts if file.seek(start) >= 0]
         return [Path(self.path).name, size, hashlib.sha256(b"".join(content)).hexdigest()]
 
 
@@ -101,7 +102,7 @@ def open_source(path, images="", only_pictures=False):
             kind, entries = "coco", Entries(
                 {"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
                 for image in value["images"] if image.get("split") in ("train", "restval")
-                for sentence in image["sentences"])
+                for sentence in image["sentences"] or [{"raw": None}])                        # is counted as bad
         else:
             kind = "llava" if "conversations" in value else "coco" if "caption" in value else None
             entries = Entries(json_entries(text, first.end(), kind, only_pictures))
@@ -120,14 +121,14 @@ scan = json.JSONDecoder().raw_decode                      # (text, start) -> val
 
 def json_entries(text, start, kind, only_pictures):
     """The entries of a JSON list one after the other, so that never all of them are objects in memory. A list of
-    captions is an entry for each; only_pictures: without entries that have none."""
+    captions is an entry for each, an empty one an entry without; only_pictures: without entries that have none."""
     while True:
         entry, end = scan(text, start)
         captions = entry.get("caption") if kind == "coco" and isinstance(entry, dict) else None
         if only_pictures and not (isinstance(entry, dict) and entry.get("image")):
             pass
         elif isinstance(captions, list):
-            yield from ({**entry, "caption": caption} for caption in captions)
+            yield from ({**entry, "caption": caption} for caption in captions or [None])
         else:
             yield text[start:end]
         separator = re.compile(r"\s*([,\]])\s*").match(text, end)
@@ -174,6 +175,8 @@ def list_tar(path):
                 extended[b"path"] = file.read(size).rstrip(b"\0")
             else:
                 if member.type in b"\0" b"07":
+                    if header[257:263] != b"ustar\0":     # GNU's: has times where ustar has a folder, the prefix
+                        extended.setdefault(b"path", header[:100].split(b"\0")[0])
                     name = extended[b"path"].decode("utf-8", "backslashreplace") if b"path" in extended else member.name
                     members.append((name, offset + 512, size))
                 extended = {}

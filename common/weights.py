@@ -104,6 +104,16 @@ def replaced(path):
         raise UserError(f"{path}: cannot be written ({error_text(error)}). Is the disk full?") from None
 
 
+@contextmanager
+def named(path):
+    """A full disk's error in writing to an open file names none: it gets this one, for the sentence of cli.explain."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def fsync(*paths):
     """Write files and folders from memory to the disk, so that a power failure does not leave them empty."""
     for path in paths:

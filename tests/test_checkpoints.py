@@ -8,12 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from scripts import log, run
 from test_lasting import ALONE, ARGS
 
+import pretrain as pretrain_module
+import train_tokenizer
 from common.weights import UserError, save_tensors
+from data import Batch
+from generate import encode_images
+from streams import Streams
+from text import IMG, expand_images
 from training.checkpoints import Checkpoints, checksum_of_record, fingerprint
 
 
@@ -167,6 +174,25 @@ def test_modes_and_full_disks(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_page_on_a_full_disk_costs_no_run(tmp_path, capsys):
+    """The samples page of both trainers"""
+    model, page = tiny.whole(tmp_path), tmp_path / "samples/000001.png"
+    codes, _ = encode_images(model, pixels := [torch.randn(3, 32, 32)])
+    ids, loss_mask = expand_images([1, IMG, 13, 270], [0, 0, 0, 1], codes, model.config)
+    streams = Streams.from_ids([ids], model.config, loss_mask=[loss_mask])
+    batches = [Batch(streams, torch.stack(pixels), torch.tensor([False]), ["a"], [])]
+    page.parent.mkdir()
+    for _ in range(2):
+        pretrain_module.save_page(ALONE, model, batches, page)
+        train_tokenizer.save_samples(ALONE, model.tokenizers.image, batches, page)
+        if page.is_symlink():
+            break
+        assert page.stat().st_size and not capsys.readouterr().err
+        page.unlink()
+        page.symlink_to("/dev/full")
+    assert capsys.readouterr().err.count(f"WARNING: {page} could not be written (") == 2
 
 
 def umask():

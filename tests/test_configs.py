@@ -74,7 +74,7 @@ def test_large_sizes_are_no_mistake():
 @pytest.mark.parametrize("field, value, message", [
     ("ch_mult", ["a", 1], "ch_mult is"), ("ch_mult", [-1, 1], "ch_mult is"), ("ch_mult", [], "ch_mult"),
     ("num_res_blocks", 10 ** 9, "num_res_blocks is"), ("ch_mult", 5, "ch_mult is 5"),
-    ("ch_mult", [1] * 10 ** 5, "ch_mult is"),
+    ("ch_mult", [1] * 10 ** 5, "ch_mult is"), ("ch_mult", [1] * 17, "ch_mult are 17, expected 2 to 16"),
     ("clip.num_attention_heads", 0, "clip: num_attention_heads is 0"), ("clip.image_size", "32", "clip: image_size is"),
     ("clip.num_hidden_layers", 3.0, "clip: num_hidden_layers is 3.0"),
     ("clip.hidden_size", 33, "33 does not divide by 4"),

@@ -143,6 +143,9 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
         "unanswered": {"image": "a.jpg", "conversations": talk[:1]},
         "turned": {"image": "a.jpg", "conversations": [talk[0], talk[0]]},
         "unmarked": {"image": "a.jpg", "conversations": [{"from": "human", "value": "what"}, talk[1]]},
+        "greeted": {"image": "a.jpg", "conversations": [talk[1], *talk]},     # LLaVA's code leaves a first gpt out
+        "told": {"image": "a.jpg", "conversations": [{"from": "system", "value": "be kind"}, *talk]},
+        "ruled": {"image": "a.jpg", "conversations": [{"from": "system", "value": "be kind"}, *talk, talk[0]]},
         "null": {"image": "a.jpg", "conversations": [talk[0], {"from": "gpt", "value": None}]},
         "odd": {"image": "a.jpg", "conversations": [{"from": "human"}, talk[1]]}, "bare": {"image": "a.jpg"}}
     path = tmp_path / "chat.json"
@@ -150,7 +153,8 @@ def test_what_can_be_wrong_in_a_conversation(tmp_path):
     found = causes(open_source(path, tmp_path), tmp_path)
     assert found.pop(f"gone: {tmp_path / 'c.jpg'}") == "no_image"
     assert {name: cause for name, cause in found.items() if name.split()[0] in entries} == {
-        "fine": None, "text": None, "broken": "bad_image", "outside": "path_outside",
+        "fine": None, "text": None, "greeted": None, "told": "roles", "ruled": "roles", "broken": "bad_image",
+        "outside": "path_outside",
         "silent": "no_label", "unanswered has a question without an answer": "roles", "turned": "roles",
         "unmarked": "image_marks"}
     assert sorted(cause for name, cause in found.items() if name.split()[0] not in entries) == ["bad_entry"] * 3
@@ -184,6 +188,13 @@ def write_tar(path, files, **options):
     ({"json": b'\xef\xbb\xbf{"caption": "a dog"}'}, "a dog"), ({"caption.txt": b"a dog"}, "a dog"),
     *(({"json": b'{"caption": %s}' % value}, "no_caption")
       for value in (b"NaN", b"7", b"true", b'{"en": "a"}', b"[1]")),
+    *(({"json": b'{"caption": %s}' % value, "txt": b"a dog"}, "a dog")
+      for value in (b'" "', b'[""]', b"[null]", b'[" ", null]', b'"*#~"')),
+    *(({"json": b'{"caption": %s}' % value, "txt": b"a dog"}, "no_caption") for value in (b"7", b"[1]", b"{}", b"0")),
+    ({"json": b'{"caption": ["*", "a cat"]}'}, "a cat"),
+    *(({"txt": text}, "no_caption") for text in (
+        "großer Hund".encode("latin-1"), bytes(range(256)), picture(), "a dog".encode("utf-16-le"),
+        "a dog".encode("utf-32"), "a dog".encode("utf-32-be"), b"\xff\xfea", b"a \xed\xa0\x80")),
     ({"json": b"[" * 10 ** 5}, "bad_json"), ({"json": b'{"caption": %s}' % (b"1" * 5000)}, "bad_json")])
 def test_captions_are_text(tmp_path, files, words):
     source = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), **{f"0.{name}": file for name, file in files.items()}})
@@ -214,19 +225,45 @@ def test_pictures_behind_links(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/coco").symlink_to(tmp_path / "disk")
     talk = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "images/b.jpg").symlink_to(tmp_path / "disk/a.jpg")
     paths = {"coco/a.jpg": None, "../disk/a.jpg": "path_outside", str(tmp_path / "disk/a.jpg"): "path_outside",
-             "coco/../coco/a.jpg": None}
+             "coco/../coco/a.jpg": None, "b.jpg": None}
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([{"id": name, "image": name, "conversations": talk} for name in paths]))
     assert causes(open_source(path, tmp_path / "images"), tmp_path) == paths
 
 
 def test_other_media_are_named(tmp_path):
-    talk = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a cat"}]
+    def talk(question):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "a.jpg").write_bytes(picture())
     path = tmp_path / "chat.json"
-    entries = [{"id": "a", "video": "a.mp4", "conversations": talk}, {"id": "b", "conversations": talk}]
+    entries = [{"id": key, key: ["a.x"], "conversations": talk("what")}
+               for key in ("video", "videos", "audio", "audios", "images")]
+    entries += [{"id": question, "conversations": talk(question)}
+                for question in ("<video>\nwhat", "what is in <video>?", "<audio>what", "say <speech> again")]
     path.write_text(json.dumps(entries))
-    assert set(causes(open_source(path, tmp_path), tmp_path).values()) == {"other_media"}
+    found = causes(open_source(path, tmp_path), tmp_path)
+    assert len(found) == 9 and set(found.values()) == {"other_media"} and "images has images" in found
+    entries = [{"id": "both", "image": "a.jpg", "images": ["a.jpg"], "conversations": talk("<image>what")},
+               {"id": "none", "videos": [], "conversations": talk("what is a video?")}]
+    path.write_text(json.dumps(entries))
+    assert causes(open_source(path, tmp_path), tmp_path) == {"both": None, "none": None}
+
+
+def test_entries_without_a_caption_are_counted(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture())
+    lists = [{"id": n, "image": "a.jpg", "caption": caption} for n, caption in enumerate((["a cat"], [], [" "], None))]
+    karpathy = {"images": [{"filename": "a.jpg", "split": "train", "sentences": sentences}
+                           for sentences in ([{"raw": "a cat"}], [])]}
+    for value, expected in ((lists, [None, *["no_caption"] * 3]), (karpathy, [None, "no_caption"])):
+        (tmp_path / "coco.json").write_text(json.dumps(value))
+        source = open_source(tmp_path / "coco.json", tmp_path)
+        text = Text(tiny.spm(tmp_path))
+        builder = SampleBuilder(text, tiny.config(vocab_size=text.vocab_size, max_position_embeddings=800), 32, 800)
+        dataset = SampleDataset([source], builder)
+        samples = [dataset[0, place] for place in list_shard([source], (0, 0))]
+        assert [sample.args[0] if isinstance(sample, BadSample) else None for sample in samples] == expected
 
 
 def test_other_endings_and_names(tmp_path):
@@ -251,18 +288,37 @@ def test_tar_formats(tmp_path, form):
     assert list_tar(tmp_path / "0.tar") == (expected, True)
 
 
-@pytest.mark.parametrize("field", [b"-0000000512", b"\x80" + bytes(3) + b"\x10" + bytes(7), b"\xff" * 12, b"9" * 11])
-def test_sizes_that_cannot_be(tmp_path, field):
-    """Negative, 2^60, no octal number: read up to there"""
-    write_tar(tmp_path / "0.tar", {"0.txt": b"a", "1.txt": b"a"})
-    content = bytearray((tmp_path / "0.tar").read_bytes())
-    header = content[1024:1536]
-    header[124:136] = field.ljust(12, b"\0")
+def change_header(path, start, changes):
+    """Write {place: bytes} into a header of a tar, with a checksum that fits"""
+    content = bytearray(path.read_bytes())
+    header = content[start:start + 512]
+    for place, value in changes.items():
+        header[place:place + len(value)] = value
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    content[1024:1536] = header
-    (tmp_path / "0.tar").write_bytes(content)
-    assert list_tar(tmp_path / "0.tar") == ([("0.txt", 512, 1)], False)
+    content[start:start + 512] = header
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [124, 386, 398, 483])
+@pytest.mark.parametrize("field", [b"-0000000512", b"\x80" + bytes(3) + b"\x10" + bytes(7), b"\xff" * 12, b"9" * 11])
+def test_sizes_that_cannot_be(tmp_path, field, place):
+    """Negative, 2^60, no octal number as a member's size: read up to there. In the map of a GNU sparse member (386,
+    398) or as its real size (483): passed over, as all of its kind are, or read up to there if it is no number."""
+    path = tmp_path / "0.tar"
+    write_tar(path, {"0.txt": b"a", "1.txt": b"a", "2.txt": b"a"})
+    change_header(path, 1024, {place: field.ljust(12, b"\0"), 156: b"0" if place == 124 else b"S"})
+    goes_on = place != 124 and field != b"9" * 11
+    assert list_tar(path) == ([("0.txt", 512, 1)] + [("2.txt", 2560, 1)] * goes_on, goes_on)
+
+
+def test_times_in_a_header_are_no_folder(tmp_path):
+    """GNU's tar --incremental writes times where ustar has the folder of a long name."""
+    path, long = tmp_path / "0.tar", "n" * 120 + ".txt"
+    write_tar(path, {"0.jpg": b"a", long: b"b"}, format=tarfile.GNU_FORMAT)
+    for start in (0, 1024, 2048):                         # a picture, a long name, its member
+        change_header(path, start, {345: b"15000000000\0" * 2})
+    assert [name for name, _, _ in list_tar(path)[0]] == ["0.jpg", long]
 
 
 @pytest.mark.parametrize("pattern", ["x{0..99999999999}.tar", "x.tar@10000000000", "x.tar@" + "1" * 5000,
@@ -287,6 +343,25 @@ def test_replaced_data_is_noticed(tmp_path):
     write_tar(tmp_path / "three/0.tar", {"0.jpg": picture(), "0.txt": b"a dog"})
     with pytest.raises(UserError, match="other files in --data"):
         order(tmp_path / "three", state)
+
+
+def test_tars_that_differ_in_their_middle_or_length(tmp_path):
+    """A caption of a small one; everything but the ends of a large one; one sample less"""
+    noise = np.random.default_rng(0).bytes(3 * 10 ** 6)
+
+    def identity(folder, files):
+        (tmp_path / folder).mkdir()
+        return write_tar(tmp_path / folder / "0.tar", files).identity()
+    small = {f"{n}.{ending}": content for n in range(30)
+             for ending, content in (("jpg", noise[n * 9000:][:9000]), ("txt", b"a cat"))}
+    large = {f"{n}.jpg": noise[n * 10 ** 5:][:10 ** 5] for n in range(30)}
+    before = [identity("a", small), identity("b", large)]
+    assert before == [identity("same a", small), identity("same b", large)]
+    after = [identity("c", small | {"15.txt": b"a dog"}),
+             identity("d", large | {f"{n}.jpg": noise[n * 10 ** 5:][10 ** 5:2 * 10 ** 5] for n in range(2, 28)})]
+    assert [one[:2] for one in before] == [one[:2] for one in after]          # name and size
+    del small["15.jpg"], small["15.txt"]
+    assert len({json.dumps(one) for one in (*before, *after, identity("e", small))}) == 5
 
 
 def test_entries_share_one_array(tmp_path):

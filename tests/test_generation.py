@@ -7,12 +7,14 @@ import pytest
 import tiny
 import torch
 
+from common.cli import explain
 from common.sampling import Sampler, place_in_image
 from common.weights import UserError
 from generate import (
     answer,
     answer_file,
     ask,
+    complete,
     draw,
     encode_prompts,
     forward,
@@ -259,6 +261,23 @@ def test_pictures_that_are_no_numbers_are_not_written(tmp_path):
             job()
 
 
+@pytest.mark.parametrize("part", ["encoder", "quant_conv", "quantize.project_in"])
+def test_ids_of_values_that_are_no_numbers_are_not_used(tmp_path, part):
+    """One NaN in CLIP or in LFQ: every id is a number all the same"""
+    from PIL import Image
+    model, picture = tiny.whole(tmp_path), Image.new("RGB", (30, 30))
+    jobs = (lambda: reconstruct(model.tokenizers.image, picture), lambda: complete(model, [picture], 2),
+            lambda: ask(model, picture, "What?", 3))
+    for job in jobs:
+        job()
+    images = model.tokenizers.image
+    next(p for name, p in images.named_parameters() if name.startswith(part)).data.flatten()[0] = float("nan")
+    assert images.encode(torch.zeros(1, 3, 32, 32))[0].max() < 16
+    for job in jobs:
+        with pytest.raises(UserError, match="no finite numbers"):
+            job()
+
+
 def test_an_answer_that_is_cut(tmp_path, capsys):
     """Where the positions end before </s>, and only there"""
     model = tiny.whole(tmp_path)
@@ -286,6 +305,13 @@ def test_a_file_of_prompts_names_the_lines_that_are_cut(tmp_path, capsys):
     expected = answer(model, [rows[1], rows[0]], 5)
     assert [line["answer"] for line in lines] == [expected[n % 2][0] for n in range(5)]
     assert all(line["given_answer"] == "gold" and line["id"] == "\ud800" for line in lines)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    args = argparse.Namespace(out="/dev/full", batch="x", batch_size=2, max_new_tokens=2, raw=False, seed=0)
+    with pytest.raises(OSError) as full:
+        answer_file(tiny.whole(tmp_path), args, [(1, {"question": "What?"})], {"temperature": 0.0})
+    assert explain(full.value) == ("error: /dev/full: No space left on device", 2)
 
 
 def test_rows_are_answered_alike_by_all(tmp_path):

@@ -314,6 +314,7 @@ def test_bad_samples_are_listed_and_too_many_end_the_run(toy, pretrain, tmp_path
     run("pretrain.py", *words, "--max-bad 0.9 --out", tmp_path / "run")
     listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert {entry["cause"] for entry in listed} == {"no_image", "path_outside", "no_caption"}
+    assert {entry["file"] for entry in listed} == {str(tmp_path / "coco.json")}
     assert log(tmp_path / "run")[-1]["skipped"] == len(listed)
     assert sum(log(tmp_path / "run")[-1]["causes"].values()) == len(listed)
     for entry in entries:

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 import torch
-from scripts import run
+from scripts import TOKENIZER, run, split
 
 import data
 import evaluate
@@ -20,7 +20,7 @@ from common import cli as command
 from common.pictures import open_image
 from common.sources import list_shard, open_source
 from common.weights import UserError
-from training import engine
+from training import engine, plan
 from training.checkpoints import Checkpoints
 
 
@@ -51,7 +51,7 @@ def message_of(main, words, monkeypatch, capsys):
     (stage1.main, "--plan --nproc 7", "does not divide into 7 GPUs"),
     (stage1.main, "--device gpu", "--device gpu: cannot be used"),
     (train_tokenizer.main, "--plan --codebook-size 1", "codebook_size is 1, expected"),
-    (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "ch_mult [1] has one level, expected two"),
+    (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "the levels of ch_mult are 1, expected 2 to 16"),
     (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),
     (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),
     (train_tokenizer.main, "--clip tests", "tests/config.json: no such file"),
@@ -66,6 +66,8 @@ def message_of(main, words, monkeypatch, capsys):
     (generate.main, "--batch nowhere.jsonl", "nowhere"),
     (generate.main, "--batch README.md --out ./README.md", "README.md is read, and would be overwritten"),
     (generate.main, "--complete out.png", "out.png is read, and would be overwritten"),
+    (plan.main, "foo --gpus 8", "the first word is 'foo', expected pretrain, sft, train_tokenizer or generate"),
+    (plan.main, "", "the first word is '', expected pretrain, sft, train_tokenizer or generate"),
     (data.main, "tests", "tests is a folder"),
     (data.main, "x.tar@0", "stands for no file")])
 def test_one_sentence(main, words, sentence, monkeypatch, capsys, toy, tmp_path):
@@ -113,7 +115,7 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
     assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="is a folder or a device, expected a file"):
         open_image(tmp_path)
 
 
@@ -122,6 +124,50 @@ def test_another_length_is_reported(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, args, engine.Dist(0, 1, torch.device("cpu"), torch.float32))
     checkpoints.check("checkpoint-000002", {"max_length": "700"})
     assert "was trained with max_length 700, now 60" in capsys.readouterr().out
+    with pytest.raises(UserError, match="ema 0.9, now None. There is no such option, so start a new run in another"):
+        checkpoints.check("checkpoint-000002", {"ema": "0.9"})
+
+
+def test_help_of_the_plan(monkeypatch, capsys):
+    for word in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["plan", word])
+        command.run(plan.main)
+        assert capsys.readouterr().out.startswith("What a run will need")
+
+
+def test_names_that_are_not_utf_8_are_printed(monkeypatch):
+    """A name in Latin-1, a lone surrogate of a JSON file, on an output that takes UTF-8 only"""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "utf-8", "strict"))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    command.run(lambda: print("caf\udce9.tar", json.dumps({"id": "\ud800é"}, ensure_ascii=False), flush=True))
+    assert output.getvalue().decode() == 'caf\\udce9.tar {"id": "\\ud800é"}\n'
+
+
+def test_held_out_files_by_other_words(tmp_path, monkeypatch):
+    """The file of --data is found in --val-data however its path is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "a"}]')
+    (tmp_path / "link.json").symlink_to("a.json")
+    for name in ("./a.json", str(tmp_path / "a.json"), "link.json"):
+        args = argparse.Namespace(data=["a.json"], val_data=[name], images="")
+        with pytest.raises(UserError, match="a.json is in --data too: a held-out loss needs other samples"):
+            stage1.train(args, None, None, None, None, None, None)
+
+
+def test_other_vgg_weights_are_other_frozen_weights(toy, tmp_path, monkeypatch):
+    class Stub(torch.nn.Linear):
+        def read(self, vgg, _):
+            self.weight.data.fill_(float(vgg))
+            return self.requires_grad_(False)
+    frozen = []
+    monkeypatch.setattr(train_tokenizer, "LPIPS", lambda: Stub(2, 2))
+    monkeypatch.setattr(train_tokenizer, "run_steps", lambda args, *_, **__: frozen.append(args.frozen))
+    words = split(["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER, "--out", tmp_path / "x"])
+    for vgg in "121":
+        monkeypatch.setattr(sys, "argv", ["script", *words, "--vgg", vgg, "--lpips", "x"])
+        train_tokenizer.main()
+    assert frozen[0] == frozen[2] != frozen[1]
 
 
 def test_inputs_and_models_are_not_overwritten(toy, pretrain, base, tmp_path, monkeypatch, capsys):

@@ -7,13 +7,17 @@ import sys
 
 import pytest
 import tiny
+from PIL import Image
 from test_benchmarks import FILES, MMBENCH, MMVP, PICTURE, POPE, SEED, humans, paths, save, tsv
 
 import evaluate
 from benchmarks.files import TASKS, read, score, write
 from benchmarks.scores import average, caption_tokens, cider
+from common.cli import explain
 from common.entries import read_prompts, with_answer
+from common.pictures import open_image
 from common.weights import UserError
+from generate import encode_prompts
 
 ORDERS = {"as it is": lambda entries, rng: entries, "shuffled": lambda entries, rng: rng.sample(entries, len(entries)),
           "in part": lambda entries, rng: rng.sample(entries, len(entries))[:5]}
@@ -245,7 +249,8 @@ def test_processes_may_end_hours_apart(tmp_path, monkeypatch, words, minutes):
 def test_a_pipe_without_a_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for reader in (lambda: read_prompts(tmp_path / "pipe"), lambda: read("mmvp", tmp_path, tmp_path / "pipe"),
-                   lambda: read("gqa", tmp_path, tmp_path / "pipe")):
+                   lambda: read("gqa", tmp_path, tmp_path / "pipe"), lambda: open_image(tmp_path / "pipe"),
+                   lambda: open_image(str(tmp_path / "pipe"))):
         with pytest.raises(UserError, match="pipe: is a folder or a device, expected a file"):
             reader()
 
@@ -277,6 +282,38 @@ def test_answers_are_kept_for_the_same_question_and_picture(tmp_path):
     save(images / "n77.jpg", "another picture")
     evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)
     assert len(asked) == 4 + 1 + 4
+
+
+def test_full_disks_are_named(tmp_path, monkeypatch):
+    """Of a submission in lines or in cells, and of the kept answers"""
+    images, file = paths(tmp_path, "gqa")
+    items = read("gqa", images, file)
+    items = [item | {"original": "", "choices": {}} for item in items]
+    kept = tmp_path / "k.0.jsonl"
+    kept.symlink_to("/dev/full")
+    monkeypatch.setattr(evaluate, "read_kept", lambda *_: {})                 # it would read zeros for ever
+    for path, job in (
+            ("/dev/full", lambda: write("seed", "/dev/full", items, ["yes"] * len(items))),
+            ("/dev/full", lambda: write("mmbench", "/dev/full", items, ["yes"] * len(items))),
+            (kept, lambda: evaluate.answer_all(iter, [], evaluate.ALONE, tmp_path / "k", {"task": ""}))):
+        with pytest.raises(OSError) as full:
+            job()
+        assert explain(full.value) == (f"error: {path}: No space left on device", 2)
+
+
+def test_answers_that_are_cut_are_counted(tmp_path):
+    """The positions end within one of two answers."""
+    model = tiny.whole(tmp_path)
+    model.lm_head.weight.data[model.tokenizers.text.eos] = 0                  # never the likeliest
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "7.jpg")
+    words = "What?", "What colour is the large square in the top left of it?"
+    file = save(tmp_path / "q.json", {str(n): {"question": question, "imageId": "7", "answer": "red"}
+                                      for n, question in enumerate(words)})
+    prompts, _ = encode_prompts(model, [(item["question"], [item["image"]]) for item in read("gqa", tmp_path, file)])
+    model.config.max_position_embeddings = max(map(len, prompts)) + 3
+    result = evaluate.evaluate(model, "gqa", [file], tmp_path, max_new_tokens=5)
+    assert (result["answered"], result["cut"]) == (2, 1)
+    assert evaluate.evaluate(model, "gqa", [file], tmp_path, max_new_tokens=2)["cut"] == 0
 
 
 def test_a_fingerprint_follows_the_weights(tmp_path):

@@ -336,6 +336,11 @@ def test_yaml(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=f"vision_tokenizer_config.yaml: .*{message}"):
             read_published_config(tmp_path)
+    for name in ("vqgan.ckpt", "openai-clip-vit"):
+        for outside in (f"../{name}", "/etc/passwd", f"x/../../{name}"):
+            path.write_text(YAML.replace(name, outside))
+            with pytest.raises(UserError, match="leads out of the folder"):
+                read_published_config(tmp_path)
 
 
 def test_checkpoint_with_leftovers_of_training(folder, tmp_path):

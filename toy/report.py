@@ -176,6 +176,12 @@ def read_log(path):
     return lines
 
 
+def held_out_losses(models):
+    """-> {stage: the last loss on --val-data in its log}; the image tokenizer has none"""
+    return {stage: line["val_loss"] for stage in ("pretrain", "sft")
+            for line in read_log(models / stage / "log.jsonl") if "val_loss" in line}
+
+
 def print_mean(folders):
     """The bars of several finished reports, mean and range, printed and added to the first report.json"""
     tables, seeds = [bars(read_json(require_path(folder / "report.json"))) for folder in folders], {}
@@ -214,6 +220,7 @@ def main():
     numbers["reconstruction"] = score_reconstructions(base.tokenizers.image, max(50, 10 * limit or 2000), args.seed)
     numbers["drawing"], captions, drawn = score_drawings(base, limit or 200, args.seed)
     numbers["completion"], given, completed = score_completions(base, max(50, (limit or 200) // 2), args.seed)
+    numbers["held_out_loss"] = held_out_losses(models)
     numbers["minutes"] = (time.time() - args.began) / 60 if args.began else None
     numbers["bars"] = [{"what": name, "value": value, "bar": bar,
                         "reached": value <= bar if "at most" in name else value >= bar}

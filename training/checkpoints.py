@@ -30,9 +30,9 @@ FREE = {"out", "resume", "export", "steps", "save_every", "sample_every", "keep"
         "weight_decay", "clip_norm", "batch", "micro_batch", "device", "dtype", "workers", "max_bad", "timeout", "data",
         "images", "deterministic", "tensorboard", "engine", "checkpoint_activations", "offload", "compile", "peak",
         "plan", "nproc", "memory", "tflops", "text_tokens", "val_data", "val_every", "debug", "llm", "image_tokenizer",
-        "model", "clip_folder"}
+        "model", "clip_folder", "vgg", "lpips"}
 # Options that it may change with a warning. All others shape the model and must stay.
-WARN = {"vgg", "lpips", "text_to_image", "no_caption_end", "max_length", "disc_start", "disc_weight",
+WARN = {"text_to_image", "no_caption_end", "max_length", "disc_start", "disc_weight",
         "perceptual_weight", "l2_weight", "clip_weight", "entropy_weight"}
 # All that a checkpoint's index (.metadata, a pickle) is made of. Anything else in it could run code.
 INDEX = {"torch.distributed.checkpoint.metadata": {
@@ -182,12 +182,13 @@ class Checkpoints:
         for name, before in task.items():
             now = self.task.get(name)
             if name == "frozen" and now != before:
-                raise UserError(f"{path} was trained around other frozen weights (a LLaMA, CLIP or image tokenizer) "
+                raise UserError(f"{path} was trained around other frozen weights (a LLaMA, CLIP, image tokenizer, VGG) "
                                 "than those read now: name their folders as they were, or start anew in another --out")
             if name not in FREE and (now is None or now != before and name not in WARN):
-                raise UserError(f"{path} is of another run: {name} {before}, now {now}. Give the same options, or "
-                                "start a new run in another --out")
-            if name in WARN and Path(now).name != Path(before).name:
+                advice = "Give the same options, or start" if name in self.task else "There is no such option, so start"
+                raise UserError(f"{path} is of another run: {name} {before}, now {now}. {advice} a new run in another "
+                                "--out")
+            if name in WARN and now != before:
                 self.dist.print0(f"WARNING: {path} was trained with {name} {before}, now {now}")
 
 

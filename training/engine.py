@@ -16,7 +16,7 @@ import time
 import warnings
 from argparse import SUPPRESS
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -350,13 +350,19 @@ class Log:
         print(f"step {step}/{self.steps} {' '.join(words)} | {left} left", flush=True)
 
 
-def append(path, entries):
-    """Add lines of JSON to a file. A full disk must not end the run."""
+@contextmanager
+def or_warn(path):
+    """A full disk must not end the run: what could not be written is missed."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        yield
     except OSError as error:
         print(f"WARNING: {path} could not be written ({error})", file=sys.stderr, flush=True)
+
+
+def append(path, entries):
+    """Add lines of JSON to a file."""
+    with or_warn(path), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def speed_and_memory(args, dist, totals, seconds, flops):

@@ -42,12 +42,14 @@ ROOM = 0.92                    # share of a GPU's memory that a run can use; the
 
 def main():
     stage = sys.argv[1] if len(sys.argv) > 1 else ""
+    if stage in ("-h", "--help"):
+        return print(__doc__)
     if stage == "generate":
         parser = argparse.ArgumentParser(usage="python -m training.plan generate [--model FOLDER]")
         parser.add_argument("--model")
         return show_answering(parser.parse_args(sys.argv[2:]).model)
     if stage not in ("pretrain", "sft", "train_tokenizer"):
-        sys.exit(__doc__)
+        raise UserError(f"the first word is {stage!r}, expected pretrain, sft, train_tokenizer or generate; -h: more")
     sys.argv = [f"{stage}.py", "--plan", *sys.argv[2:]]
     importlib.import_module(stage).main()
 
