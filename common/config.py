@@ -23,8 +23,8 @@ IGNORED = """architectures torch_dtype dtype transformers_version auto_map token
     max_window_layers gradient_checkpointing use_flash_attention max_sequence_length max_length min_length do_sample
     num_beams top_k top_p num_beam_groups temperature typical_p repetition_penalty length_penalty
     num_return_sequences chat_template"""
-# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook; a picture
-# of 40 tiles of 1024 pixels takes a gigabyte.
+# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook; a
+# picture of 40 tiles of 1024 pixels takes a gigabyte.
 LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_res_blocks": 0, "select_layers": 0,
          "codebook_size": 2, "vision_vocab_size": 3}
 MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num": 1000, "num_res_blocks": 100,
