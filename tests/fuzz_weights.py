@@ -34,8 +34,8 @@ from tokenizer import ImageTokenizer, read_clip_sizes
 VALUES = [None, True, False, 0, 1, -1, 2, 3.0, 0.5, -1.0, 1e300, float("nan"), float("inf"), 2 ** 31, 2 ** 63, 10 ** 9,
           10 ** 12, 10 ** 400, "", "a", "1", "../x", "/etc/passwd", "\0", "\ud800", [], [1], [1, 1], [-1, 1], ["a", 1],
           [10 ** 9], [[[]]], [1] * 5000, {}, {"type": "default"}, {"rope_type": "yarn"}, {"rope_theta": "x"},
-          {"a": {"b": 1}}, 4, 7, 8, 16, 33, 64, 999, 10 ** 5, 2 ** 17, 2 ** 24, "anyres_max_" + "9" * 5000,
-          [[2 ** 16, 2 ** 16]]]
+          {"a": {"b": 1}}, 4, 7, 8, 16, 33, 64, 999, 10 ** 5, 2 ** 17, 2 ** 24]
+LARGE = ["anyres_max_" + "9" * 5000, [[2 ** 16, 2 ** 16]], 2 ** 15, 20_000]        # of pictures
 NAMES = ["rope_scaling", "rope_parameters", "layer_types", "sliding_window", "vision_config", "model_type",
          "hidden_act", "num_channels", "quantization_config", "max_vision_token_length", "tie_word_embeddings",
          "attention_bias", "x"]
@@ -132,9 +132,16 @@ def clip_config(rng, folder):
 
 
 def monolithic_config(rng, folder, cls):
-    """A picture is made into tiles before the weights say that the sizes are others."""
+    """A picture is made into tiles before the weights say that the sizes are others; half of the time its fields."""
     path = copy(cls.__name__, folder)
-    change_json(rng, path / "config.json")
+    if rng.random() < 0.5:
+        change_json(rng, path / "config.json")
+    else:
+        top = json.loads((path / "config.json").read_text())
+        part, name = rng.choice([(part, name) for part in (top, *top.values()) if isinstance(part, dict)
+                                 for name in part if "image" in name or "patch" in name])
+        part[name] = rng.choice([rng.choice(VALUES), *LARGE])
+        write_json(path / "config.json", top)
     config, *_ = cls.read_config(path / "config.json")
     config.prepare(Image.new("RGB", (40, 16)), rng.choice([1, 3]))
     cls.from_pretrained(path)
