@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from common import published
+from common import precision, published
 from common.config import check_divisible, check_fields, make_config
 from common.weights import UserError, assign, first_few, read_folder, read_json, save_tensors, shapes_only, write_json
 
@@ -350,9 +350,8 @@ class ImageTokenizer(nn.Module):
         return self.encoder.vision_tower.vision_model
 
     def signal(self, pixels):
-        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token.
-        Without autocast, as `quantized`: a bit of an id is a sign, and bfloat16 turns about 2 % of the ids over."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        """CLIP-normalised pixels (B, 3, R, R) -> E_c (B, G*G, C): rows of the grid in order, without the class token"""
+        with precision.exact_float32(pixels.device):
             if self.config.encoder == "scratch":
                 return self.encoder(to_rgb(pixels)).flatten(2).transpose(1, 2)
             states = self.clip.hidden_states(pixels, max(self.config.select_layers))
@@ -360,7 +359,7 @@ class ImageTokenizer(nn.Module):
 
     def quantized(self, signal):
         """E_c (B, G*G, C) -> what LFQ.forward returns of quant_conv(E_c)"""
-        with torch.autocast(signal.device.type, enabled=False):
+        with precision.exact_float32(signal.device):
             return self.quantize(self.quant_conv(signal.transpose(1, 2).unflatten(2, (self.config.grid, -1))))
 
     @torch.no_grad()

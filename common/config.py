@@ -23,12 +23,14 @@ IGNORED = """architectures torch_dtype dtype transformers_version auto_map token
     max_window_layers gradient_checkpointing use_flash_attention max_sequence_length max_length min_length do_sample
     num_beams top_k top_p num_beam_groups temperature typical_p repetition_penalty length_penalty
     num_return_sequences chat_template"""
-# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook.
+# Bounds of whole numbers, where they are not 1 and 2^17. A module is built for each layer, block and codebook; a
+# picture of 40 tiles of 1024 pixels takes a gigabyte.
 LEAST = {"num_key_value_heads": 0, "head_dim": 0, "newline_token_id": 0, "num_res_blocks": 0, "select_layers": 0,
          "codebook_size": 2, "vision_vocab_size": 3}
 MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num": 1000, "num_res_blocks": 100,
         "ch_mult": 1000, "vocab_size": 2 ** 24, "max_position_embeddings": 2 ** 24, "codebook_size": 2 ** 20,
-        "vision_vocab_size": 2 ** 21, "image_token_index": 2 ** 24}
+        "vision_vocab_size": 2 ** 21, "image_token_index": 2 ** 24, "image_size": 1024, "default_image_size": 1024,
+        "force_image_size": 1024, "max_dynamic_patch": 40}
 
 
 def read_config(cls, path, sizes, changes):

@@ -48,6 +48,8 @@ class HalfConfig(LlamaConfig):
         self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
         if self.hidden_act not in ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
+        if not self.grid:
+            raise UserError(f"default_image_size is {self.default_image_size}, less than a patch of {self.patch_size}")
 
     def prepare(self, picture, _):
         return shared.prepare_picture(picture, self)
@@ -191,8 +193,9 @@ class Distillation(PreDecoder):
         with shapes_only():
             model = HaploVL(self.base, self.pre)
         model.text, tensors, n = self.text, dict(tensors or self.state_dict()), self.pre.num_hidden_layers
-        llm, dtype = Llama.from_pretrained(self.text.path.parent).state_dict(), tensors["logit_scale"].dtype
+        llm = Llama.from_pretrained(self.text.path.parent).state_dict()
         llm["lm_head.weight"] = F.pad(llm["lm_head.weight"], (0, 0, 0, 1))
+        dtype = llm["lm_head.weight"].dtype               # the LLM keeps its bits; one type for a whole folder
         llm = {re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + n), name): llm[name] for name in llm}
         tensors = {k: torch.zeros(t.shape) for k, t in model.state_dict().items() if "bias" in k} | llm | tensors
         model.save_pretrained(folder, {name: tensors[name].to(dtype) for name in model.state_dict()})

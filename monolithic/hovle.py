@@ -208,11 +208,12 @@ class Distillation(Embedder):
 
     def save_pretrained(self, folder, tensors=None):
         """The HoVLE that stage 2 starts from, with the LLM's layers. Ours: zeros for the three ids in its tables"""
-        tensors, llm = dict(tensors or self.state_dict()), Llama.from_pretrained(self.text.path.parent).state_dict()
-        dtype = tensors.pop("vision_head.weight").dtype
+        tensors, llm = tensors or self.state_dict(), Llama.from_pretrained(self.text.path.parent).state_dict()
+        dtype = llm["lm_head.weight"].dtype               # the LLM keeps its bits; one type for a whole folder
+        tensors = {name: x.to(dtype) for name, x in tensors.items() if name != "vision_head.weight"}
         for name, x in llm.items():
             new_ids = 3 * (name in ("model.embed_tokens.weight", "lm_head.weight"))
-            tensors[f"language_model.{name}"] = (F.pad(x, (0, 0, 0, 3)) if new_ids else x).to(dtype)
+            tensors[f"language_model.{name}"] = F.pad(x, (0, 0, 0, 3)) if new_ids else x
         super().save_pretrained(folder, tensors)
 
 

@@ -54,8 +54,8 @@ def choose_canvas(width, height, config):
 
 
 def check_canvases(config, source):
-    """Pictures of more tiles the authors' code would shrink, which is not done here."""
-    side, most = config.default_image_size, int(re.sub(r"\D", "", config.image_aspect_ratio) or 0)
+    """Pictures of more tiles the authors' code would shrink, which is not done here. 40: see common/config.py."""
+    side, most = config.default_image_size, min(40, int(re.sub(r"\D", "", config.image_aspect_ratio)[:9] or 0))
 
     def fits(canvas):
         return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
@@ -121,8 +121,8 @@ def dynamic_tiles(image, side, most, thumbnail):
 
 def to_pixels(tiles, mean=MEAN, std=STD):
     """RGB PIL images of one size -> (n, 3, S, S); mean, std: (3, 1, 1)"""
-    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - mean.to(pixels)) / std.to(pixels)
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float().div_(255)
+    return pixels.sub_(mean.to(pixels)).div_(std.to(pixels))              # in place: tiles can be many
 
 
 # ---------------------------------------------------------------- rows of ids

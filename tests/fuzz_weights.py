@@ -8,20 +8,26 @@ import random
 import shutil
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
+from PIL import Image
 from safetensors.torch import save_file
+from test_haplovl import tiny as tiny_haplovl
+from test_hovle import tiny as tiny_hovle
 from test_weights import YAML, llama_folder, publish
 
 from common.published import read_published_config
 from common.weights import UserError, read_folder, read_tensors, write_json
 from llama import Llama
 from model import Libra, load
+from monolithic.haplovl import HaploVL
+from monolithic.hovle import HoVLE
+from monolithic.llava import Llava, LlavaConfig
 from text import Text, open_text
 from tokenizer import ImageTokenizer, read_clip_sizes
 
@@ -29,6 +35,7 @@ VALUES = [None, True, False, 0, 1, -1, 2, 3.0, 0.5, -1.0, 1e300, float("nan"), f
           10 ** 12, 10 ** 400, "", "a", "1", "../x", "/etc/passwd", "\0", "\ud800", [], [1], [1, 1], [-1, 1], ["a", 1],
           [10 ** 9], [[[]]], [1] * 5000, {}, {"type": "default"}, {"rope_type": "yarn"}, {"rope_theta": "x"},
           {"a": {"b": 1}}, 4, 7, 8, 16, 33, 64, 999, 10 ** 5, 2 ** 17, 2 ** 24]
+LARGE = ["anyres_max_" + "9" * 5000, [[2 ** 16, 2 ** 16]], 2 ** 15, 20_000]        # of pictures
 NAMES = ["rope_scaling", "rope_parameters", "layer_types", "sliding_window", "vision_config", "model_type",
          "hidden_act", "num_channels", "quantization_config", "max_vision_token_length", "tie_word_embeddings",
          "attention_bias", "x"]
@@ -40,7 +47,7 @@ CONTENTS = [b"", b"{}", b"[]", b"null", b"5", b"[" * 10 ** 5, b'{"a":' * 10 ** 5
 
 @cache
 def sources():
-    """Whole folders: a Libra, a LLaMA, a published one"""
+    """Whole folders: a Libra, a LLaMA, a published one, the systems of monolithic/"""
     path = Path(tempfile.mkdtemp())
     model = tiny.whole(path)
     model.save_pretrained(path / "libra")
@@ -50,6 +57,11 @@ def sources():
     (path / "bpe").mkdir()
     tiny.bpe(path / "bpe", "<|im_start|>")
     write_json(path / "bpe/generation_config.json", {"eos_token_id": [2, 6]})
+    llava = Llava(LlavaConfig(vocab_size=95, hidden_size=32, intermediate_size=40, num_hidden_layers=2, clip=tiny.CLIP,
+                              num_attention_heads=4, image_token_index=95))
+    for model in (tiny_haplovl(), tiny_hovle(), llava):
+        model.text = None
+        model.save_pretrained(path / type(model).__name__)
     return path
 
 
@@ -117,6 +129,22 @@ def clip_config(rng, folder):
     path = copy("published/openai-clip-vit", folder)
     change_json(rng, path / "config.json")
     read_clip_sizes(path)
+
+
+def monolithic_config(rng, folder, cls):
+    """A picture is made into tiles before the weights say that the sizes are others; half of the time its fields."""
+    path = copy(cls.__name__, folder)
+    if rng.random() < 0.5:
+        change_json(rng, path / "config.json")
+    else:
+        top = json.loads((path / "config.json").read_text())
+        part, name = rng.choice([(part, name) for part in (top, *top.values()) if isinstance(part, dict)
+                                 for name in part if "image" in name or "patch" in name])
+        part[name] = rng.choice([rng.choice(VALUES), *LARGE])
+        write_json(path / "config.json", top)
+    config, *_ = cls.read_config(path / "config.json")
+    config.prepare(Image.new("RGB", (40, 16)), rng.choice([1, 3]))
+    cls.from_pretrained(path)
 
 
 def index(rng, folder):
@@ -244,3 +272,4 @@ CASES = {case.__name__: seeded(case) for case in (
     llama_config, libra_config, llama_with_new_vision, image_tokenizer_config, clip_config, index, yaml_values,
     published_yaml, safetensors_header, odd_tensors, safetensors_types, torch_bytes, checkpoint_bytes,
     sentencepiece_bytes, byte_pairs, any_json)}
+CASES |= {f"{cls.__name__}_config": seeded(partial(monolithic_config, cls=cls)) for cls in (HaploVL, HoVLE, Llava)}

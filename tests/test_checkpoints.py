@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from scripts import log, run
 from test_lasting import ALONE, ARGS
@@ -126,6 +127,14 @@ def test_what_was_never_updated_has_no_state(tmp_path):
     checkpoints.save(3, *both, [0, 0, 3, "x"], wait=True)
     assert not critic_optimizer.state and all(map(torch.equal, critic.parameters(), before))
     assert checkpoints.resume(True, *both)[0] == 3 and not critic_optimizer.state
+
+
+def test_the_writer_has_more_than_one_thread(tmp_path, monkeypatch):
+    """With one, torch's opens a context on GPU 0 in every process."""
+    writer, made = dcp.FileSystemWriter, []
+    monkeypatch.setattr(dcp, "FileSystemWriter", lambda path, **words: made.append(words) or writer(path, **words))
+    trained(tmp_path)
+    assert made == [{"thread_count": 2}] * 2
 
 
 def test_another_model_is_refused(tmp_path):

@@ -2,14 +2,17 @@
 import io
 import json
 import tarfile
+import threading
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+import data
 from common.sources import expand_patterns, list_shard, list_tar, open_source, open_sources
 from common.weights import UserError
 from data import (
@@ -43,6 +46,25 @@ def test_another_number_of_processes_goes_on_without_loss(tmp_path, then):
         assert all(rank.state_after(batches) == state for rank in ranks)
     first = {place: count for (epoch, place), count in seen.items() if epoch == 0}
     assert len(first) == 105 and set(first.values()) == {1}
+
+
+def test_the_next_block_is_listed_ahead(monkeypatch):
+    """While a block's first sample is in use, another thread lists the shards of the next block, and of no more."""
+    monkeypatch.setattr(data, "AT_ONCE", 2)
+    listed, two_blocks = [], threading.Event()
+
+    def list_shard(_, shard):
+        listed.append(shard)
+        if len(listed) == 4:
+            two_blocks.set()
+        return [(shard[0], name) for name in "ab"]
+    monkeypatch.setattr(data, "list_shard", list_shard)
+    order = iter(SampleOrder([SimpleNamespace(kind="tar", identity=lambda: "x")] * 6, seed=0))
+    _, first = next(order)
+    assert two_blocks.wait(60) and first[0] in [n for n, _ in listed[:2]] and len(set(listed)) == 4
+    taken = {next(order)[1][0] for _ in range(3)} | {first[0]}
+    assert taken == {n for n, _ in listed[:2]} and len(listed) == 4
+    order.close()
 
 
 def picture(form="JPEG"):

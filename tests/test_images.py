@@ -127,6 +127,31 @@ def test_ids_do_not_depend_on_the_precision(tmp_path):
     assert torch.equal(ImageTokenizer.from_pretrained(tmp_path / "half").encode(pixels)[0], expected[0])
 
 
+@pytest.fixture
+def tf32():
+    """-> the switches of TF32, all on"""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, allowed in zip(switches, before):
+        switch.allow_tf32 = allowed
+
+
+def test_ids_are_made_without_tf32(tf32):
+    """in which a GPU's convolutions, and where it is allowed its products, keep ten bits; elsewhere it stays allowed"""
+    seen = []
+    for encoder in ("clip", "scratch"):
+        tokenizer = tiny.image_tokenizer(encoder=encoder)
+        first = tokenizer.encoder.conv_in if encoder == "scratch" else tokenizer.clip.embeddings.patch_embedding
+        for module in (first, tokenizer.quant_conv, tokenizer.quantize):
+            module.register_forward_hook(lambda *_: seen.append([switch.allow_tf32 for switch in tf32]))
+        tokenizer.encode(torch.randn(1, 3, 32, 32))
+        assert all(switch.allow_tf32 for switch in tf32)
+    assert seen == [[False, False]] * 6
+
+
 def test_a_learned_table_takes_the_nearest_vector(tmp_path):
     """--quantizer vq, the baseline of Fig. 2: nearest by brute force, gradients pass straight through"""
     torch.manual_seed(0)

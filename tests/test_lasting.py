@@ -45,6 +45,7 @@ def ended(job, *sentences):
 
 FAULTS = {   # what happens to the run, and what it says then
     "bug": ("pretrain.update = fail", "error: TypeError: planted (our own fault; --debug shows where)"),
+    "no memory": ("pretrain.update = memory", "error: MemoryError: no reason given (the machine's, another"),
     "bug of a reader": ("data.SampleDataset.__getitem__ = fail", "error: TypeError: planted (our own"),
     "full /dev/shm": ("torch.UntypedStorage._share_fd_cpu_ = full", "error: RuntimeError: /dev/shm is full ("),
     "full disk": ("pretrain.Libra.save_pretrained = disk", "error: the system says: No space left on device")}
@@ -60,6 +61,7 @@ def test_an_error_ends_all_processes(pretrain, tmp_path, monkeypatch, fault, pro
 import data, pretrain, torch
 from common import cli
 def fail(*_, **__): raise TypeError("planted")
+def memory(*_): raise MemoryError
 def full(*_): raise RuntimeError("/dev/shm is full")
 def disk(*_): raise OSError(28, "No space left on device")
 {line}
@@ -79,11 +81,52 @@ def test_a_dead_reader_ends_the_run(pretrain, tmp_path, processes):
     ended(job, "error: ")
 
 
+SHORT_TIMEOUT = """
+import time
+from datetime import timedelta
+import pretrain, torch
+from common import cli
+def lower(seconds): torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+"""
+
+
+@pytest.mark.slow
+def test_an_export_may_take_longer_than_the_timeout(pretrain, tmp_path):
+    """The first process writes alone; the others have gathered the weights with it and wait for nothing any more."""
+    (tmp_path / "slow.py").write_text(f"""
+{SHORT_TIMEOUT}
+gather, save = pretrain.engine.full_state_dict, pretrain.Libra.save_pretrained
+def gather_then_lower(model):
+    tensors = gather(model)
+    lower(0.5)
+    return tensors
+def save_slowly(*words):
+    time.sleep(2)
+    save(*words)
+pretrain.engine.full_state_dict, pretrain.Libra.save_pretrained = gather_then_lower, save_slowly
+cli.run(pretrain.main)
+""")
+    run(str(tmp_path / "slow.py"), *pretrain, "--steps 1 --save-every 0 --out", tmp_path / "run", processes=2)
+    assert (tmp_path / "run/config.json").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_process_ends_the_run(pretrain, tmp_path, number):
-    """Killed, or without an answer for --timeout"""
-    job = start("pretrain.py", *pretrain, "--steps 100000 --workers 1 --timeout 0.2 --out", tmp_path, processes=2)
+def test_a_dead_process_ends_the_run(pretrain, tmp_path, monkeypatch, number):
+    """Killed, or without an answer for so long as --timeout says: here 10 s, but not before a step is made, for which a
+    busy machine may take longer."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "short.py").write_text(f"""
+{SHORT_TIMEOUT}
+update = pretrain.update
+def update_then_lower(*words):
+    numbers = update(*words)
+    lower(10)
+    return numbers
+pretrain.update = update_then_lower
+cli.run(pretrain.main)
+""")
+    job = start(tmp_path / "short.py", *pretrain, "--steps 100000 --workers 1 --out", tmp_path, processes=2)
     until_running(job, tmp_path)
     os.kill(children(job.pid)[-1], number)
     assert "SIGKILL" in ended(job, "error: RuntimeError: ", "another process's")
@@ -290,9 +333,10 @@ def test_resume_with_other_options(pretrain, base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
-def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind):
-    words = [*pretrain, f"--steps 5 --save-every 3 --micro-batch 1 --engine {kind}"]
+@pytest.mark.parametrize("kind, dtype", [("ddp", "float32"), ("zero", "float32"), ("fsdp", "float32"),
+                                         ("ddp", "bfloat16"), ("fsdp", "bfloat16")])
+def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind, dtype):
+    words = [*pretrain, f"--steps 5 --save-every 3 --micro-batch 1 --engine {kind} --dtype {dtype}"]
     run("pretrain.py", *words, "--out", tmp_path / "a", processes=2)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b/log.jsonl").unlink()

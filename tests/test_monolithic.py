@@ -1,16 +1,19 @@
 """The systems of monolithic/ as generate.py and evaluate.py open them: one call each, after a step of training."""
 import json
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from scripts import run
 
 from common.pictures import open_image
-from common.weights import read_folder, weight_files
+from common.weights import UserError, read_folder, save_tensors, weight_files, write_json
 from generate import stream
-from monolithic import open_model, shared
+from llama import Llama, LlamaConfig
+from monolithic import haplovl, hovle, llava, open_model, shared
 from tokenizer import ClipViT
 
 STEP = "--steps 1 --warmup 0 --batch 4 --lr 1e-3 --save-every 0"
@@ -85,6 +88,66 @@ LLM = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermed
        "num_hidden_layers": 4, "num_attention_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3,
         "num_attention_heads": 4, "image_size": 224, "patch_size": 16}
+
+
+HALF = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+CONFIGS = {   # a config.json of each, and its pictures' part
+    haplovl.read_config: ({"model_type": "haplo", "pre_config": {}}, "base_config", {}),
+    hovle.read_config: ({"force_image_size": 448, "max_dynamic_patch": 6, "llm_config": HALF | {
+        "vocab_size": 105, "bias": False}}, "embedding_config", HALF | {
+            "llm_vocab_size": 105, "image_size": 448, "img_context_token_id": 98}),
+    llava.Llava.read_config: (LLM, "clip", {name: CLIP[name] for name in CLIP if name != "model_type"})}
+ANYRES = "anyres_max_" + "9" * 5000
+
+
+@pytest.mark.parametrize("read_config, top, part, said", [
+    (haplovl.read_config, {}, {"default_image_size": 2 ** 15}, "default_image_size is 32768, expected .*1024"),
+    (haplovl.read_config, {}, {"default_image_size": 13}, "default_image_size is 13, less than a patch of 14"),
+    (haplovl.read_config, {}, {"image_aspect_ratio": ANYRES, "image_grid_pinpoints": [[336 * 90] * 2]}, "40 tiles"),
+    (hovle.read_config, {"max_dynamic_patch": 20_000}, {}, "max_dynamic_patch is 20000, expected .*40"),
+    (hovle.read_config, {"force_image_size": 2 ** 15}, {}, "force_image_size is 32768, expected .*1024"),
+    (hovle.read_config, {}, {"image_size": 2 ** 15}, "image_size is 32768, expected .*1024"),
+    (llava.Llava.read_config, {}, {"image_size": 2 ** 15}, "clip: image_size is 32768, expected .*1024"),
+    (haplovl.read_config, {}, {"image_aspect_ratio": ANYRES}, None), (hovle.read_config, {}, {}, None),
+    (llava.Llava.read_config, {}, {}, None)])
+def test_pictures_of_absurd_sizes_are_refused(tmp_path, read_config, top, part, said):
+    """Before one is made, which would take gigabytes or minutes"""
+    more, name, pictures = CONFIGS[read_config]
+    write_json(tmp_path / "config.json", more | top | {name: pictures | part})
+    if said is None:
+        tiles, _ = read_config(tmp_path / "config.json")[0].prepare(Image.new("RGB", (900, 300)), 1)
+        assert len(tiles) == {haplovl.read_config: 3, hovle.read_config: 4}.get(read_config, 1)
+        return
+    with pytest.raises(UserError, match=said) as error:
+        read_config(tmp_path / "config.json")
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ")
+
+
+@pytest.mark.parametrize("module", [haplovl, hovle])
+def test_stage_1_keeps_the_bits_of_the_llm(tmp_path, module):
+    """A float16 LLaMA, trained around in bfloat16, stands in the folder with its own values, all in its type."""
+    config = LlamaConfig(90, 32, 40, 2, 4, 2, max_position_embeddings=64)
+    llm = Llama(config).half()
+    (tmp_path / "llm").mkdir()
+    save_tensors(tmp_path / "llm/model.safetensors", llm.state_dict())
+    write_json(tmp_path / "llm/config.json", {"model_type": "llama"} | asdict(config))
+    if module is haplovl:
+        both = {"vocab_size": 91, "image_token_index": 90, "patch_size": 4, "default_image_size": 8}
+        half = haplovl.HalfConfig(**asdict(config) | both)
+        model, prefix = haplovl.Distillation(half, half, 24), ""
+    else:
+        both = {"vocab_size": 93, "img_context_token_id": 92, "patch_size": 4, "image_size": 16, "force_image_size": 16}
+        half = hovle.HalfConfig(**asdict(config) | both)
+        model, prefix = hovle.Distillation(half, half, llm, 24), "language_model."
+    model.text = SimpleNamespace(path=tmp_path / "llm/tokenizer.model", save=lambda folder: None, template="vicuna")
+    model.save_pretrained(tmp_path / "out", {name: x.bfloat16() for name, x in model.state_dict().items()})
+    assert {x.dtype for x in read_folder(tmp_path / "out").values()} == {torch.float16}
+    made = (haplovl.HaploVL if module is haplovl else hovle.HoVLE).from_pretrained(tmp_path / "out").state_dict()
+    for name, x in llm.state_dict().items():
+        if module is haplovl:                             # its layers stand behind the two of the pre-decoder
+            name = name.replace("layers.1.", "layers.3.").replace("layers.0.", "layers.2.")
+        if prefix or "embed_tokens" not in name:          # HaploVL reads with a table of its own
+            assert torch.equal(made[prefix + name][:len(x)], x), name        # behind them the new ids of pictures
 
 
 def planned(folder, *words):

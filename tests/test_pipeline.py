@@ -91,8 +91,9 @@ def test_a_libra_pretrained_further_stays_what_it_is(toy, base, tmp_path):
 @pytest.mark.slow
 def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     resumed("pretrain.py", pretrain, base, tmp_path / "a")
-    run("pretrain.py", *pretrain, "--micro-batch 2 --workers 2 --out", tmp_path / "b")
-    resumed("pretrain.py", [*pretrain, "--micro-batch 2 --workers 2"], tmp_path / "b", tmp_path / "c")
+    half = [*pretrain, "--micro-batch 2 --workers 2 --dtype bfloat16"]
+    run("pretrain.py", *half, "--out", tmp_path / "b")
+    resumed("pretrain.py", half, tmp_path / "b", tmp_path / "c")
     options = ["--clip", toy / "clip", "--data", toy / "captions/*.tar", TOKENIZER,
                "--steps 7 --disc-start 2 --save-every 3 --keep 3 --sample-every 2 --workers 2"]
     resumed("train_tokenizer.py", options, tokenizer, tmp_path / "d")
@@ -100,7 +101,8 @@ def test_resume_is_bit_exact(toy, tokenizer, pretrain, base, tmp_path):
     run("train_tokenizer.py", *options, "--out", tmp_path / "g")
     resumed("train_tokenizer.py", options, tmp_path / "g", tmp_path / "h")
     options = ["--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images",
-               "--steps 7 --warmup 1 --batch 6 --micro-batch 2 --workers 2 --lr 1e-3 --save-every 3 --keep 3"]
+               "--steps 7 --warmup 1 --batch 6 --micro-batch 2 --workers 2 --lr 1e-3 --save-every 3 --keep 3",
+               "--dtype bfloat16"]
     run("sft.py", *options, "--out", tmp_path / "e")
     resumed("sft.py", options, tmp_path / "e", tmp_path / "f")
 
