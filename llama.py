@@ -17,8 +17,8 @@ from common.config import check_divisible, check_fields, read_config
 from common.quantize import quantized_linear
 from common.weights import UserError, assign, read_folder, shapes_only
 
-# From torch 2.11 on a Hopper GPU prefers cuDNN's attention to flash. cuDNN makes a plan for every new length, and every
-# batch of chats has a new one; under a mask its gradients can be NaN.
+# From version 2.11 torch prefers cuDNN's attention to flash on Hopper GPUs. cuDNN plans anew for every length, so for
+# every batch of chats; under a mask its gradients can be NaN.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -38,7 +38,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     rope_scaling: dict = field(default_factory=dict)      # {}: none; of Llama 3.1, or linear
     qkv_bias: bool = False                                # Qwen 2
-    bias = False           # of all seven matrices of a layer: no field, only another model's configuration sets it
+    bias = False           # of all seven matrices of a layer; not read from config.json, other models' classes set it
 
     def __post_init__(self):
         check_fields(self)
@@ -90,8 +90,8 @@ def apply_rope(x, rope):
 
 
 def linear(x, weight, bias=None):
-    """x W^T + b. Decoding on a CPU is reading weights: for one row of float32 torch reads them 1.5 times as fast as a
-    batch of 16 blocks (docs/speed.md)."""
+    """x W^T + b. Decoding one row on a CPU is bound by reading weights; torch reads a float32 matrix 1.5 times as fast
+    when it is given as a batch of 16 blocks (docs/speed.md)."""
     if hasattr(weight, "qdata"):                          # of torchao, see common/quantize.py
         return quantized_linear(x, weight, bias)
     one_row = x.is_cpu and x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
@@ -102,8 +102,8 @@ def linear(x, weight, bias=None):
     return out if bias is None else out + bias
 
 
-def as_products(x):
-    """Under autocast norms and embeddings are float32, products bfloat16: the layers get the type of the products."""
+def to_matmul_dtype(x):
+    """Under autocast norms and embeddings come out in float32: this casts to the type of matrix products."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -130,24 +130,24 @@ def causal_attention(q, k, v, mask=None):
     if grouped and q.is_cuda and mask is not None:        # no fast kernel for grouped heads and a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    if mask is not None or q.shape[2] == 1:               # two calls: the compiler takes no symbol as is_causal
+    if mask is not None or q.shape[2] == 1:               # apart: the compiler takes no symbol as is_causal
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 class KVCache:
     """Static buffers for the keys and values of every layer; each row is stored from position 0 on. Use: one forward
-    pass over the prompts, `advance`, then passes of one token, `advance` after each. Or `replace` the rows of an empty
-    cache by those of a cache that has read prompts, again and again."""
+    pass over the prompts, `advance`, then passes of one token, `advance` after each. Or `load_rows`, again and again:
+    the place of a row whose text has ended is taken by one that has read its prompt in another cache."""
 
     def __init__(self, config, rows, length, like):
         """length: most positions of a row; like: a tensor of the wanted device and dtype"""
-        self.config = config
+        self.config, self.mask, self.full_buffers = config, None, False
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.keys, self.values = like.new_zeros(shape).unbind(), like.new_zeros(shape).unbind()
-        self.lengths, self.filled = [0] * rows, 0                                 # of each row; of the longest
-        self.rows, self.places = (torch.arange(n, device=like.device) for n in (rows, length))
-        self.next, self.mask, self.fixed = torch.zeros((), dtype=torch.long, device=like.device), None, False
+        self.lengths, self.longest = [0] * rows, 0        # tokens in each row; in the longest
+        self.rows, self.slots = (torch.arange(n, device=like.device) for n in (rows, length))
+        self.next_position = torch.zeros((), dtype=torch.long, device=like.device)
 
     def empty(self, rows, length):
         """-> an empty cache of the same model"""
@@ -158,52 +158,52 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         for buffer, new in ((keys, k), (values, v)):
             if self.mask is None:                         # the prompts, or one token for rows of equal length
-                buffer[:, :, self.filled:self.filled + new.shape[2]] = new
+                buffer[:, :, self.longest:self.longest + new.shape[2]] = new
             else:
-                buffer[self.rows, :, self.next[:, 0, 0]] = new[:, :, 0].to(buffer.dtype)
-        if not self.filled:
+                buffer[self.rows, :, self.next_position[:, 0, 0]] = new[:, :, 0].to(buffer.dtype)
+        if not self.longest:
             return k, v, None
-        end = len(self.places) if self.fixed else self.filled + 1
+        end = len(self.slots) if self.full_buffers else self.longest + 1
         return keys[:, :, :end], values[:, :, :end], self.mask
 
     def advance(self, counts):
         """counts: tokens that each row has gained. Prepares positions (B, 1, 1) and, for rows of different lengths, the
         mask (B, 1, 1, keys) of the next token."""
-        if not self.filled:
-            self.next = torch.tensor(counts, device=self.places.device)[:, None, None]
+        if not self.longest:
+            self.next_position = torch.tensor(counts, device=self.slots.device)[:, None, None]
         else:
-            self.next += 1                                # in place: a CUDA graph reads it at this address
+            self.next_position += 1                       # in place: a CUDA graph reads it at this address
         self.lengths = [length + count for length, count in zip(self.lengths, counts)]
         self.update_mask()
 
-    def replace(self, rows, other=None):
+    def load_rows(self, rows, other=None):
         """The rows of another cache take the place of these; None: these rows are empty again."""
-        if self.next.dim() == 0:
-            self.next = torch.zeros_like(self.rows)[:, None, None]
+        if self.next_position.dim() == 0:
+            self.next_position = torch.zeros_like(self.rows)[:, None, None]
         index = self.rows[rows]
-        self.next[index] = 0 if other is None else other.next
+        self.next_position[index] = 0 if other is None else other.next_position
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values) if other else ()):
-            mine[index, :, :other.filled] = theirs[:, :, :other.filled]
+            mine[index, :, :other.longest] = theirs[:, :, :other.longest]
         for row, length in zip(rows, other.lengths if other else [0] * len(rows)):
             self.lengths[row] = length
         self.update_mask()
 
     def update_mask(self):                                # after a change of the lengths
-        self.filled = max(self.lengths)
-        if self.fixed:
-            self.mask.copy_((self.places <= self.next)[:, None])
+        self.longest = max(self.lengths)
+        if self.full_buffers:
+            self.mask.copy_((self.slots <= self.next_position)[:, None])
         else:
-            alike = min(self.lengths) == self.filled
-            self.mask = None if alike else (self.places[:self.filled + 1] <= self.next)[:, None]
+            alike = min(self.lengths) == self.longest
+            self.mask = None if alike else (self.slots[:self.longest + 1] <= self.next_position)[:, None]
 
-    def fix_shapes(self):
+    def use_full_buffers(self):
         """From now on queries see the whole buffers under a mask, so that no shape and no address changes."""
-        if not self.fixed:
-            self.fixed, self.mask = True, (self.places <= self.next)[:, None]
+        if not self.full_buffers:
+            self.full_buffers, self.mask = True, (self.slots <= self.next_position)[:, None]
 
 
 class Attention(nn.Module):
-    attention = staticmethod(causal_attention)            # replaced where a mask is more than a tensor
+    attention = staticmethod(causal_attention)            # HaploVL's takes a mask that is no tensor
 
     def __init__(self, config):
         super().__init__()
@@ -218,7 +218,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)                    # (B, heads, L, d)
 
     def forward(self, x, rope, cache=None, layer=0, mask=None):
-        """x (B, L, D) -> (B, L, D). mask: of the prompts; None: causal, or what the cache says"""
+        """x (B, L, D) -> (B, L, D). mask: of the prompts; None: causal, or the cache's mask"""
         q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
@@ -266,7 +266,7 @@ class Llama(nn.Module):
 
     def hidden_states(self, ids, cache=None):
         """ids (B, L), the prompts or, behind a cache, one token a row -> (B, L, D) after the final norm"""
-        start = 0 if cache is None else cache.next
+        start = 0 if cache is None else cache.next_position
         positions = start + torch.arange(ids.shape[1], device=ids.device)
         rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
         x = self.model.embed_tokens(ids)

@@ -67,7 +67,7 @@ class LibraConfig(llama.LlamaConfig):
 # ---------------------------------------------------------------- attention with two views of keys and values
 
 def plain_attention(q, views, is_image, mask=None):
-    """Eq. 3-5 literally, with the L x L matrices: for reading, for tests, for looking at the maps.
+    """Eq. 4, 1 and 5 literally, with the L x L matrices: for reading, for tests, for looking at the maps.
 
     q (B, H, L, d); views {modality: (keys, values) as queries of that modality see them}, (B, H_kv, L_k, d) each;
     is_image (B, L); mask (B, 1, 1, L_k) for rows of different lengths -> outputs (B, H, L, d), maps (B, H, L, L_k)
@@ -136,6 +136,7 @@ class LibraAttention(llama.Attention):
         super().__init__(config)
         add_expert(self, config, ("q_proj", "k_proj", "v_proj", "o_proj"))
         if config.use_bridge:
+            # on_language: added to text keys and values, for image queries; on_vision: to those of images, for text
             for name in ("vision_k_bridge_on_language", "vision_v_bridge_on_language",
                          "vision_k_bridge_on_vision", "vision_v_bridge_on_vision"):
                 self.add_module(name, LowRank(config.hidden_size, self.k_proj.out_features, config.bridge_rank))
@@ -148,22 +149,22 @@ class LibraAttention(llama.Attention):
         q_text, q_image = self.q_proj(text), self.vision_q_proj(image)                        # Eq. 1
         k_text, k_image = self.k_proj(text), self.vision_k_proj(image)
         v_text, v_image = self.v_proj(text), self.vision_v_proj(image)
-        wanted = {*streams.query_modalities, *(caches or ())}
-        views, mask = {}, None
-        if not self.config.use_bridge:
-            views[TEXT] = (k_text, k_image), (v_text, v_image)                                # one view for both
-        if self.config.use_bridge and TEXT in wanted:     # text queries see image keys and values through the bridge
-            views[TEXT] = ((k_text, k_image + self.vision_k_bridge_on_vision(image)),         # Eq. 3
+        parts, views, mask = {}, {}, None                 # parts: text and image, of a view's keys and of its values
+        wanted = {*streams.query_modalities, *(caches or ())} if self.config.use_bridge else ()
+        if not wanted:                                    # without a bridge both modalities have the same view
+            parts[TEXT] = (k_text, k_image), (v_text, v_image)
+        if TEXT in wanted:                                # text queries see image keys and values through the bridge
+            parts[TEXT] = ((k_text, k_image + self.vision_k_bridge_on_vision(image)),         # Eq. 3
                            (v_text, v_image + self.vision_v_bridge_on_vision(image)))
-        if self.config.use_bridge and IMAGE in wanted:    # image queries see those of text through the bridge
-            views[IMAGE] = ((k_text + self.vision_k_bridge_on_language(text), k_image),       # Eq. 3
+        if IMAGE in wanted:                               # image queries see those of text through the bridge
+            parts[IMAGE] = ((k_text + self.vision_k_bridge_on_language(text), k_image),       # Eq. 3
                             (v_text + self.vision_v_bridge_on_language(text), v_image))
-        elif self.config.use_bridge and torch.is_grad_enabled():
-            # A zero that touches the unused bridge: DDP needs a zero gradient for it, not None.
+        elif wanted and torch.is_grad_enabled():
+            # No image queries, so no use for this bridge. DDP needs a zero gradient for it, not None.
             bridges = self.vision_k_bridge_on_language, self.vision_v_bridge_on_language
             q_text = q_text + 0 * sum(bridge(text[:0]).sum() for bridge in bridges)
         q = llama.apply_rope(merge(q_text, q_image), rope)
-        for modality, (k, v) in views.items():
+        for modality, (k, v) in parts.items():
             k, v = llama.apply_rope(merge(*k), rope), merge(*v)
             if caches is not None and modality in caches:
                 k, v, mask = caches[modality].update(layer, k, v)
@@ -202,7 +203,7 @@ class LibraBlock(llama.Block):
             self.input_layernorm(text), self.vision_input_layernorm(image), streams, rope, cache, layer)
         text, image = text + text_change, image + image_change
         text = text + self.mlp(self.post_attention_layernorm(text))                           # Eq. 2
-        image = image + self.mlp.expert(self.vision_post_attention_layernorm(image))
+        image = image + self.mlp.expert(self.vision_post_attention_layernorm(image))          # Eq. 2
         return text, image
 
 
@@ -250,16 +251,16 @@ class Libra(llama.Llama):
         e_c = e_d.new_zeros(len(ids), self.config.contiguous_signal_size)
         if signal is not None and not self.config.discrete_only:
             e_c = streams.signal_by_token(signal).to(e_d.dtype)
-        x_image = llama.as_products(torch.cat([e_d, e_c], dim=-1))                            # Eq. 9
+        x_image = llama.to_matmul_dtype(torch.cat([e_d, e_c], dim=-1))                        # Eq. 9
         image = m.vision_contiguous_signal_processor(m.vision_signal_norm(x_image))
-        return llama.as_products(m.embed_tokens(streams.text_ids)), image
+        return llama.to_matmul_dtype(m.embed_tokens(streams.text_ids)), image
 
     def hidden(self, streams, signal=None, caches=None):
         """-> (n_text, D), (n_image, D) after the final norms. caches: {modality: KVCache} while generating"""
         x = self.embed(streams, signal)
         positions = torch.arange(streams.length, device=streams.is_image.device)
         if caches is not None:
-            positions = positions + next(iter(caches.values())).next
+            positions = positions + next(iter(caches.values())).next_position
         rope = llama.rope_tables(self.config, positions, self.lm_head.weight.dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
@@ -274,8 +275,8 @@ class Libra(llama.Llama):
         return self.lm_head(text), torch.stack([head(image) for head in self.vision_lm_head.heads], dim=1)
 
     def forward(self, streams, signal=None, predict=False):
-        """Sums of the cross-entropy over the counted targets: text (), image (K,), one for each codebook (Eq. 6).
-        A trainer divides by the count of its whole batch.
+        """-> the cross-entropy summed over the counted targets (Eq. 6): text, a scalar, and image (K,), a sum for each
+        codebook. A trainer divides by the count of its whole batch.
         predict: instead, the most likely token after each text token (n_text,)"""
         text, image = self.hidden(streams, signal)
         return self.lm_head(text).argmax(-1) if predict else self.loss_sums(text, image, streams, signal)
@@ -367,8 +368,8 @@ def vision_sizes(image_tokenizer_config):
 
 
 def initialise(name, weight):
-    """New weights: normal with standard deviation 0.02, both factors alike; norms one; a bridge's B zero, so that
-    training starts from the plain expert"""
+    """New weights: norms are one, all others normal with standard deviation 0.02, but for a bridge's B, which is zero:
+    training starts without a bridge"""
     if "norm" in name:
         return nn.init.ones_(weight)
     return nn.init.normal_(weight, std=0.0 if "bridge" in name and name.endswith("weight_B") else 0.02)

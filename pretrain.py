@@ -42,7 +42,7 @@ def options():
                    help="of samples with caption before image and E_c = 0 (Sec. 4.3)")
     g.add_argument("--no-caption-end", action="store_true", help="no </s> after captions, as the authors' release")
     g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, metavar="N", help="expert rank: output / this")
-    g.add_argument("--bridge-rank", type=POSITIVE, default=8, metavar="N", help="of the cross-modal bridge (Eq. 5)")
+    g.add_argument("--bridge-rank", type=POSITIVE, default=8, metavar="N", help="of the cross-modal bridge (Eq. 3)")
     engine.add_options(parser, "pretrain", "captions/*.tar", "img2dataset shards, COCO Karpathy JSON", steps=40_000,
                        warmup=2000, batch=1280, lr=1e-4, text=50)
     g = parser.add_argument_group("Table 3, each one switch away from Libra")

@@ -17,13 +17,13 @@ TEXT, IMAGE = 0, 1                                        # the two modalities
 class Streams:
     """Attributes
     lengths: list of B ints, the tokens of each row; a token's position is the number of tokens before it
-    text_ids (n_text,), image_ids (n_image, K), in which BOI = N and EOI = N + 1
+    text_ids (n_text,), image_ids (n_image, K) without the offset V: codes from 0, BOI = N and EOI = N + 1
     text_index (n_text,), image_index (n_image,): place of each token in the (B * L) grid of right-padded rows
     is_image (B, L): bool
-    text_rows, image_rows: the rows of text_ids and image_ids that predict a counted target, which is the next row
+    text_rows, image_rows: the rows of text_ids and of image_ids whose next row is a counted target
     text_positions, text_mask: where all rows have their images at the same places, the positions (L_text,) of text, and
         (L_text, L) which keys each of them sees; else None
-    image_end: the end of the last image
+    image_end: one past the last image token of all rows; 0 without images
     """
     TENSORS = ("text_ids", "image_ids", "text_index", "image_index", "is_image", "text_rows", "image_rows",
                "text_positions", "text_mask")

@@ -82,7 +82,7 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
             rate.read += sum(read_caches[-1].lengths)
         elif texts:
             for cache in caches:
-                cache.replace(free)                       # a free row is fed too: it must not run out of its buffer
+                cache.load_rows(free)                     # a free row is fed too: it must not run out of its buffer
             rows, n_steps = list(texts), min(max(1, 2 * n_steps), look_every)                 # new ones may end soon
             rate.steps += n_steps
         else:
@@ -119,11 +119,11 @@ def copy_into_rows(new, caches, rows, n_rows, room):
     tokens behind them is replaced by a longer one. -> whether any was"""
     before = list(caches)
     for n, cache in enumerate(new):
-        length = -(-(cache.filled + room) // 64) * 64     # in steps, so that it happens seldom
-        if not before or len(caches[n].places) < length:
+        length = -(-(cache.longest + room) // 64) * 64     # in steps, so that it happens seldom
+        if not before or len(caches[n].slots) < length:
             longer = cache.empty(n_rows, length)
             if before:
-                longer.replace(list(range(n_rows)), caches[n])
+                longer.load_rows(list(range(n_rows)), caches[n])
             caches[n:n + 1] = [longer]
-        caches[n].replace(rows, cache)
+        caches[n].load_rows(rows, cache)
     return caches != before

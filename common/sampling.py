@@ -98,7 +98,7 @@ class Step:
         self.calls += 1
         if self.calls == self.capture_at:
             for cache in self.caches.values():
-                cache.fix_shapes()
+                cache.use_full_buffers()
             self.run = capture_cuda_graph(self.run, self.streams.text_ids.device)
         hidden = self.run()[:, 0]
         for cache in self.caches.values():

@@ -31,7 +31,7 @@ from common.weights import (
     write_json,
 )
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, as_products, causal_attention, read_llama_tensors, rope_tables
+from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables, to_matmul_dtype
 from model import cross_entropy
 from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
@@ -291,8 +291,8 @@ def insert(x, places, vectors):
 def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
     """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers of a half.
     recompute: the activations in the backward pass"""
-    positions = (0 if cache is None else cache.next) + torch.arange(x.shape[1], device=x.device)
-    rope, x = rope_tables(config, positions, x.dtype), as_products(x)
+    positions = (0 if cache is None else cache.next_position) + torch.arange(x.shape[1], device=x.device)
+    rope, x = rope_tables(config, positions, x.dtype), to_matmul_dtype(x)
     for layer, block in enumerate(layers):
         run = partial(checkpoint, block, use_reentrant=False) if recompute and torch.is_grad_enabled() else block
         x = run(x, rope, cache, layer, mask)

@@ -138,6 +138,8 @@ def save_options(args, dist, start):
         values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         write_json(Path(args.out) / "recipe.json", values)
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
+        if args.warmup >= args.steps > 100:
+            print(f"WARNING: --warmup {args.warmup} of --steps {args.steps}: the rate never comes to --lr", flush=True)
     barrier(dist)
 
 
