@@ -52,8 +52,8 @@ FAULTS = {   # what happens to the run, and what it says then
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes, fault", [(n, fault) for n in (1, 2) for fault in FAULTS
+                                              if (n, fault) not in ((1, "no memory"), (2, "bug"))])      # of one kind
 def test_an_error_ends_all_processes(pretrain, tmp_path, monkeypatch, fault, processes):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     line, sentence = FAULTS[fault]
@@ -333,8 +333,8 @@ def test_resume_with_other_options(pretrain, base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, dtype", [("ddp", "float32"), ("zero", "float32"), ("fsdp", "float32"),
-                                         ("ddp", "bfloat16"), ("fsdp", "bfloat16")])
+@pytest.mark.parametrize("kind, dtype", [("ddp", "float32"), ("ddp", "bfloat16"), ("zero", "float32"),
+                                         ("fsdp", "bfloat16")])
 def test_two_processes_resume_bit_for_bit(pretrain, tmp_path, kind, dtype):
     words = [*pretrain, f"--steps 5 --save-every 3 --micro-batch 1 --engine {kind} --dtype {dtype}"]
     run("pretrain.py", *words, "--out", tmp_path / "a", processes=2)
