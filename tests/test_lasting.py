@@ -160,7 +160,7 @@ def test_a_run_folder_belongs_to_one_run(pretrain, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_ends_the_run_with_a_checkpoint(pretrain, tmp_path, processes, number):
     """To torchrun, which passes it on, and to its processes at once, as a terminal, systemd and Slurm send it"""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:                 # these tests run under nohup: so would the run
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:          # under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     job = start("pretrain.py", *pretrain, "--steps 100000 --save-every 1000 --workers 1 --out", tmp_path,
                 processes=processes)
