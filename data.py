@@ -192,7 +192,7 @@ def llava_turns(conversation, n_images, name):
         if question.get("from") != "human" or answer.get("from") != "gpt":
             raise BadSample("roles", name)
         words, lines = question["value"], [line.strip() for line in question["value"].splitlines()]
-        if re.search("<(video|audio|speech)>", words):
+        if re.search("<(video|audio|speech)>", words) and "</" not in words:                  # else it is HTML
             raise BadSample("other_media", name)
         # In a chat without images <image> is text, unless it is a whole line: then an image is missing.
         marks = words.count(MARK) if n_images else lines.count(MARK)

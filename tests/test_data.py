@@ -268,9 +268,10 @@ def test_other_media_are_named(tmp_path):
     found = causes(open_source(path, tmp_path), tmp_path)
     assert len(found) == 9 and set(found.values()) == {"other_media"} and "images has images" in found
     entries = [{"id": "both", "image": "a.jpg", "images": ["a.jpg"], "conversations": talk("<image>what")},
-               {"id": "none", "videos": [], "conversations": talk("what is a video?")}]
+               {"id": "none", "videos": [], "conversations": talk("what is a video?")},
+               {"id": "html", "conversations": talk("<p>why</p><video> does not play")}]
     path.write_text(json.dumps(entries))
-    assert causes(open_source(path, tmp_path), tmp_path) == {"both": None, "none": None}
+    assert causes(open_source(path, tmp_path), tmp_path) == dict.fromkeys(("both", "none", "html"))
 
 
 def test_entries_without_a_caption_are_counted(tmp_path):
