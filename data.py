@@ -13,6 +13,8 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import signal
 from collections import Counter
@@ -309,6 +311,9 @@ def start_worker(_):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)
+    forked = multiprocessing.get_start_method() == "fork"
+    if forked and os.getppid() != multiprocessing.parent_process().pid:       # it died before that call
+        os._exit(1)
     Queue._on_queue_feeder_error = hand_over_error
 
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -69,6 +70,20 @@ cli.run(pretrain.main)
 """)
     job = start(tmp_path / "broken.py", *pretrain, "--workers 1 --out", tmp_path / "run", processes=processes)
     ended(job, sentence)
+
+
+def test_a_reader_whose_trainer_died_before_it_began_ends():
+    script = """
+import multiprocessing, os, time, data
+def reader(trainer):
+    while os.getppid() == trainer:
+        time.sleep(0.01)
+    data.start_worker(0)
+    os.write(1, b"goes on")
+multiprocessing.get_context("fork").Process(target=reader, args=[os.getpid()]).start()
+os._exit(0)"""
+    job = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=120)
+    assert job.stdout == b"" and job.returncode == 0, job.stderr        # all have closed the output
 
 
 @pytest.mark.slow
