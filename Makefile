@@ -1,6 +1,6 @@
 # make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds;
 #                  DEVICE=cuda: on a GPU, in bfloat16
-# make test        a virtual environment, the packages, the linter, all tests but test-tables; ten to fifteen minutes
+# make test        a virtual environment, the packages, the linter, all tests but test-tables; about ten minutes
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes
 # make fuzz        20,000 damaged inputs of everything that reads files; three minutes
 # make test-tables  a row of each of the long tables below, at tiny sizes; minutes
