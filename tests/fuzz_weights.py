@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 import tempfile
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def change_json(rng, path):
             if not (isinstance(inner, (dict, list)) and inner and rng.random() < 0.8):
                 break
             value = inner
-        value[key] = rng.choice(VALUES)
+        value[key] = deepcopy(rng.choice(VALUES))        # else it is changed for all later cases
         if isinstance(value, dict) and rng.random() < 0.1:
             del value[key]
     path.write_text(json.dumps(top))
@@ -140,7 +141,7 @@ def monolithic_config(rng, folder, cls):
         top = json.loads((path / "config.json").read_text())
         part, name = rng.choice([(part, name) for part in (top, *top.values()) if isinstance(part, dict)
                                  for name in part if "image" in name or "patch" in name])
-        part[name] = rng.choice([rng.choice(VALUES), *LARGE])
+        part[name] = deepcopy(rng.choice([rng.choice(VALUES), *LARGE]))
         write_json(path / "config.json", top)
     config, *_ = cls.read_config(path / "config.json")
     config.prepare(Image.new("RGB", (40, 16)), rng.choice([1, 3]))
