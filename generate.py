@@ -27,7 +27,7 @@ from common.cli import bounded
 from common.entries import read_prompts, with_answer
 from common.page import serve
 from common.pictures import open_image
-from common.sampling import Sampler, Step, check_finite, next_tokens, place_in_image
+from common.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image
 from common.terminal import chat
 from common.weights import UserError, named, read_json
 from llama import KVCache, linear
@@ -122,8 +122,7 @@ def encode_images(model, images, square=True, zeroed=False):
     tokenizer, like = model.tokenizers.image, model.tokenizers.image.quant_conv.weight
     pixels = torch.stack([image if isinstance(image, torch.Tensor) else prepare_picture(model, image, square=square)
                           for image in images])
-    codes, signal = tokenizer.encode(pixels.to(like.device, like.dtype))
-    check_finite(tokenizer.quantized(signal)[2])          # ids would hide it
+    codes, signal = encode_finite(tokenizer, pixels.to(like.device, like.dtype))
     return (codes.cpu().zero_(), signal.zero_()) if zeroed else (codes.cpu(), signal)
 
 
@@ -255,9 +254,7 @@ def finish_images(model, starts, codes, n_given, **sampling):
 def reconstruct(tokenizer, image):
     """-> the picture as the tokenizer sees it beside its reconstruction from ids (Fig. 2, 5), PSNR in dB"""
     pixels = prepare(open_image(image), tokenizer.config.resolution, square=False)[None].to(tokenizer.quant_conv.weight)
-    codes, signal = tokenizer.encode(pixels)
-    check_finite(tokenizer.quantized(signal)[2])
-    drawn = check_finite(tokenizer.decode(codes)).float().clamp(-1, 1)
+    drawn = check_finite(tokenizer.decode(encode_finite(tokenizer, pixels)[0])).float().clamp(-1, 1)
     rgb = to_rgb(pixels).float()
     psnr = float(10 * torch.log10(4 / (rgb - drawn).square().mean()))
     return to_picture(torch.cat([rgb[0], drawn[0]], dim=2)), psnr

@@ -1,5 +1,7 @@
 """What many tests start from: a small toy world and the folders of its stages, made once for each process of tests."""
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from scripts import TOKENIZER, run
@@ -41,3 +43,17 @@ def tuned(toy, base):
     run("sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images", toy / "chats/images", "--out",
         toy / "sft", "--steps 3 --warmup 1 --batch 6 --lr 1e-3")
     return toy / "sft"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder of ours"""
+    import tiny                                           # not above: no import may look for a GPU before CUDA_VISIBLE_DEVICES is set
+    path = tmp_path_factory.mktemp("model")
+    tiny.whole(path).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))

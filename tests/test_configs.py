@@ -1,27 +1,11 @@
 """config.json of models, image tokenizers and CLIP: what is not computed is refused by name, absurd sizes too."""
-import shutil
-from pathlib import Path
 
 import pytest
-import tiny
 
 from common.weights import UserError, read_json, write_json
 from llama import LlamaConfig
 from model import Libra
 from tokenizer import read_clip_sizes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder of ours"""
-    path = tmp_path_factory.mktemp("model")
-    tiny.whole(path).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("field, value, message", [

@@ -46,19 +46,6 @@ params:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model folder of ours"""
-    path = tmp_path_factory.mktemp("model")
-    tiny.whole(path).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
 def answer(model):
     from PIL import Image
     codes, signal = encode_images(model, [Image.new("RGB", (30, 20), "red")])
