@@ -30,7 +30,7 @@ from common.batching import Rate
 from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, bounded, require_path, run, writable_file
 from common.quantize import parts
 from common.sampling import check_finite
-from common.weights import UserError, named, parse_json, write_json
+from common.weights import UserError, name_in_errors, parse_json, write_json
 from generate import answer_rows, encode_images
 from model import Libra
 from monolithic import open_model
@@ -182,7 +182,7 @@ def answer_all(answer_items, items, dist, path, settings):
     missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
     engine.barrier(dist)                                  # all have read the kept answers before one writes
     own_file = f"{path}.{dist.rank}.jsonl" if path else os.devnull
-    with named(own_file), open(own_file, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with name_in_errors(own_file), open(own_file, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete
         new = answer_items([items[n] for n in missing])
         for number, words, cut in tqdm(new, settings["task"], len(missing), mininterval=5, disable=not dist.first):

@@ -29,7 +29,7 @@ from common.page import serve
 from common.pictures import open_image
 from common.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image
 from common.terminal import chat
-from common.weights import UserError, named, read_json
+from common.weights import UserError, name_in_errors, read_json
 from llama import KVCache, linear
 from model import Libra
 from monolithic import open_model
@@ -413,7 +413,7 @@ def show_attention(model, question, image, path):
 def answer_file(model, args, prompts, sampling):
     """Entries of a file -> a file of the same entries with answers, in their order"""
     batch_size, cut_lines, rate = args.batch_size or 16, [], Rate(model)
-    with named(args.out), open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:   # lone surrogates
+    with name_in_errors(args.out), open(args.out, "w", encoding="utf-8", errors="backslashreplace") as out:
         for start in tqdm(range(0, len(prompts), batch_size), desc="batches"):
             numbers, asked = zip(*prompts[start:start + batch_size])
             rows = [(entry["question"], [entry["image"]] if entry.get("image") else []) for entry in asked]

@@ -276,7 +276,7 @@ def save_page(dist, model, batches, path, n_rows=6, side=112):
             ids = [i for i in ids[text_row == image_row[n]].tolist() if i not in text.start + text.ends]
             lines = "\n".join(textwrap.wrap(text.decode(ids), 100)[-3:])
             ImageDraw.Draw(page).text((2 * side + 8, n * side + y), lines, color, font_size=13)
-    with engine.or_warn(path):
+    with engine.warn_if_unwritable(path):
         path.parent.mkdir(exist_ok=True)
         page.save(path)
 

@@ -328,7 +328,7 @@ def save_samples(dist, tokenizer, batches, path):
     if dist.first and len(pixels):
         with dist.autocast():
             rebuilt = tokenizer.decode(tokenizer.encode(pixels)[0]).float()
-        with engine.or_warn(path):
+        with engine.warn_if_unwritable(path):
             path.parent.mkdir(exist_ok=True)
             to_picture(torch.cat(list(torch.cat([to_rgb(pixels), rebuilt], dim=2)), dim=2)).save(path)
 

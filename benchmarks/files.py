@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks import scores, toy
 from benchmarks.scores import gqa_normalise, normalise, score_captions, score_choices, score_each
 from common.entries import entries, expect, read_value
-from common.weights import UserError, inside, named, read_text, write_json
+from common.weights import UserError, inside, name_in_errors, read_text, write_json
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def score(task, items, answers):
 
 def write(task, path, items, answers):
     """Write the answers as the benchmark's server or its own script reads them."""
-    with named(path):
+    with name_in_errors(path):
         TASKS[task].write(Path(path), list(zip(items, answers, strict=True)))
 
 

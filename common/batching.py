@@ -119,7 +119,7 @@ def copy_into_rows(new, caches, rows, n_rows, room):
     tokens behind them is replaced by a longer one. -> whether any was"""
     before = list(caches)
     for n, cache in enumerate(new):
-        length = -(-(cache.longest + room) // 64) * 64     # in steps, so that it happens seldom
+        length = -(-(cache.longest + room) // 64) * 64    # in steps, so that it happens seldom
         if not before or len(caches[n].slots) < length:
             longer = cache.empty(n_rows, length)
             if before:

@@ -16,7 +16,7 @@ def check_finite(tensor):
 
 
 def encode_finite(tokenizer, pixels):
-    """ImageTokenizer.encode where nobody would notice: signs make ids of what is no number, too"""
+    """ImageTokenizer.encode, with an error for NaN: its ids would look like any others"""
     codes, signal = tokenizer.encode(pixels)
     check_finite(tokenizer.quantized(signal)[2])
     return codes, signal

@@ -105,8 +105,8 @@ def replaced(path):
 
 
 @contextmanager
-def named(path):
-    """A full disk's error in writing to an open file names none: it gets this one, for the sentence of cli.explain."""
+def name_in_errors(path):
+    """OSErrors of writing to an open file, as of a full disk, do not say which: this adds its path, for cli.explain"""
     try:
         yield
     except OSError as error:

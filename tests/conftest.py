@@ -48,7 +48,7 @@ def tuned(toy, base):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model folder of ours"""
-    import tiny                                           # not above: no import may look for a GPU before CUDA_VISIBLE_DEVICES is set
+    import tiny  # not above: no import may look for a GPU before CUDA_VISIBLE_DEVICES is set
     path = tmp_path_factory.mktemp("model")
     tiny.whole(path).save_pretrained(path)
     return path

@@ -138,8 +138,8 @@ def save_options(args, dist, start):
         values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         write_json(Path(args.out) / "recipe.json", values)
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
-        if args.warmup >= args.steps > 100:
-            print(f"WARNING: --warmup {args.warmup} of --steps {args.steps}: the rate never comes to --lr", flush=True)
+        if args.warmup >= args.steps > 100:               # shorter runs only try out whether all works
+            print(f"WARNING: --warmup {args.warmup} of --steps {args.steps}: the rate never reaches --lr", flush=True)
     barrier(dist)
 
 
@@ -353,8 +353,8 @@ class Log:
 
 
 @contextmanager
-def or_warn(path):
-    """A full disk must not end the run: what could not be written is missed."""
+def warn_if_unwritable(path):
+    """For files that a run can do without: a full disk does not end it."""
     try:
         yield
     except OSError as error:
@@ -363,7 +363,7 @@ def or_warn(path):
 
 def append(path, entries):
     """Add lines of JSON to a file."""
-    with or_warn(path), open(path, "a", encoding="utf-8") as file:
+    with warn_if_unwritable(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
