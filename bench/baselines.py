@@ -29,7 +29,8 @@ def products_alone(model, call):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             result = op(*args, **kwargs or {})
-            if op in (aten.mm.default, aten.addmm.default, aten.convolution.default):
+            blocks = op == aten.bmm.default and any(map(is_weight, args))         # llama.linear reads one row so
+            if blocks or op in (aten.mm.default, aten.addmm.default, aten.convolution.default):
                 inputs = [buffer("input", x) if isinstance(x, torch.Tensor) and not is_weight(x) else x for x in args]
                 out = {} if op == aten.convolution.default else {"out": buffer("result", result)}
                 products.append(partial(op.overloadpacket, *inputs, **out))

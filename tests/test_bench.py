@@ -57,6 +57,17 @@ def test_the_limit_has_all_products():
     assert counter.get_total_flops() == sum(n for op, n in flops.items() if "mm" in str(op)) > 0
 
 
+def test_the_products_of_decoding_read_the_llama_once():
+    """Also those that read a matrix in blocks, as one row does on a CPU"""
+    model = tiny.libra()
+    products = products_alone(model, torch.no_grad()(lambda: model.logits(*new_batch(model, 1, 1, images=0)[1:])))
+    with FlopCounterMode(display=False) as counter:
+        products()
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "vision" not in name}
+    del matrices["model.embed_tokens.weight"]
+    assert counter.get_total_flops() == 2 * sum(p.numel() for p in matrices.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words, count", [("--rows train long compile decode quantized", 17), ("--against .", 4)])
 def test_rows(words, count, tmp_path):
