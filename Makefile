@@ -1,4 +1,4 @@
-# make demo        the whole paper on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds;
+# make demo        all stages on a small rendered world, on two CPU cores; QUICK=1: every stage for seconds;
 #                  DEVICE=cuda: on a GPU, in bfloat16
 # make test        a virtual environment, the packages, the linter, all tests but test-tables; about ten minutes
 # make test-fast   the same without the slow tests (kills, several processes); under 2 minutes

@@ -349,7 +349,7 @@ def load(dataset, batches, workers, pin, **options):
 
 def inspect_files(files, images, builder, limit):
     """Print what the trainers will make of the first samples of each file: sizes, lengths, bad samples and their cause,
-    and three examples with the targets of the loss in [brackets]."""
+    and three examples of each file, twelve at most, with the targets of the loss in [brackets]."""
     bad, sizes, lengths, examples = Counter(), [], [], []
     for source in open_sources(files, images):
         dataset, samples = SampleDataset([source], builder), []
@@ -387,7 +387,7 @@ def bracketed(text, ids, loss_mask):
 def main():
     parser = argparse.ArgumentParser(description=inspect_files.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
-    parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of image paths in JSON files")
+    parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of the pictures that JSON names")
     parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with its tokenizer and config.json")
     parser.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: that of --llm, or vicuna")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")

@@ -57,11 +57,11 @@ def options():
     g.add_argument("--prompt", help="replaces every question; '' continues the picture as pretraining does, no chat")
     g.add_argument("--likelihood", action="store_true", help="answer with the likeliest choice (SEED; base models)")
     g.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
-    g.add_argument("--batch", type=POSITIVE, default=32, help="rows, each of which answers a question at a time")
+    g.add_argument("--batch", type=POSITIVE, default=32, help="questions answered at a time")
     g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
     g.add_argument("--max-new-tokens", type=POSITIVE, default=128, help="most tokens of an answer")
     g.add_argument("--timeout", type=bounded(float, above=0, most=10 ** 6), default=7 * 24 * 60, metavar="MIN",
-                   help="how far apart the processes may end; then a silent one counts as lost")
+                   help="longest wait of a process for the others at the end; then a silent one counts as lost")
     add_device_options(g)
     return parser
 

@@ -3,8 +3,8 @@
     python generate.py --image cat.jpg "What is unusual here?"          # without a question: a chat
     python generate.py --web                                            # a chat in the browser
     python generate.py --batch prompts.jsonl --out answers.jsonl        # lines {"image": FILE, "question": TEXT}
-    python generate.py --draw "a red bus" --out bus.png                 # text to image, E_c = 0
-    python generate.py --complete cat.jpg --rows 8 --out completed.png  # the upper rows are given, the rest is drawn
+    python generate.py --model runs/toy/pretrain --draw "a red circle" --out circle.png     # text to image, E_c = 0
+    python generate.py --model runs/toy/pretrain --complete cat.jpg --rows 4 --out rest.png          # upper rows stay
     python generate.py --reconstruct cat.jpg --out both.png             # the picture beside its reconstruction from ids
     python generate.py --image cat.jpg "What colour is it?" --attention maps.png        # attention of each layer
 """
@@ -311,7 +311,8 @@ def options():
     g.add_argument("--max-new-tokens", type=cli.POSITIVE, default=256, help="most tokens of an answer")
     g.add_argument("--temperature", type=cli.bounded(float, 0), help="0: greedy; None: 0 for text, 1 for pictures")
     g.add_argument("--top-k", type=cli.NATURAL, default=0, help="sample from the k most likely; 0: from all")
-    g.add_argument("--top-p", type=cli.bounded(float, above=0, most=1), default=1.0, help="so much of the likeliest")
+    g.add_argument("--top-p", type=cli.bounded(float, above=0, most=1), default=1.0, help="sample from the likeliest, "
+                   "which together have this probability")
     g.add_argument("--seed", type=cli.SEED, default=0, help="of sampling")
     cli.add_device_options(g)
     return parser

@@ -1,6 +1,6 @@
 """Stage 1, multimodal pretraining (Sec. 3.3, Tab. 4): captions; the LLaMA is frozen, the visual part learns (Eq. 6).
 
-    python pretrain.py                                                      # on the toy world of `make demo`
+    python pretrain.py --out runs/try --steps 100 --warmup 10 --batch 32 --lr 2e-3          # on the demo's files
     torchrun --nproc_per_node=8 pretrain.py --llm Llama-2-7b-chat-hf --image-tokenizer libra-vision-tokenizer \\
         --data 'coyo/{00000..07776}.tar' coco_karpathy_train.json --images coco --out runs/pretrain
 
@@ -33,7 +33,7 @@ TEMPLATE_HELP = "of chats: the paper's, or the LLM's own (Llama 2, Llama 3, Chat
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [options]")
     g = parser.add_argument_group("the model and its samples")
-    g.add_argument("--llm", metavar="DIR", help=f"Hugging Face LLaMA folder; None: {TOY}/llama")
+    g.add_argument("--llm", metavar="DIR", help=f"folder of a LLaMA, or of a Libra to train further; None: {TOY}/llama")
     g.add_argument("--image-tokenizer", metavar="DIR",
                    help=f"folder of train_tokenizer.py, or libra-vision-tokenizer; None: {TOY}/tokenizer")
     g.add_argument("--max-length", type=POSITIVE, default=700, metavar="N", help="tokens of a sample")
@@ -41,7 +41,7 @@ def options():
     g.add_argument("--text-to-image", type=bounded(float, 0, 1), default=0.0, metavar="SHARE",
                    help="of samples with caption before image and E_c = 0 (Sec. 4.3)")
     g.add_argument("--no-caption-end", action="store_true", help="no </s> after captions, as the authors' release")
-    g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, metavar="N", help="expert rank: output / this")
+    g.add_argument("--vision-down-ratio", type=POSITIVE, default=4, metavar="N", help="expert rank: output width / N")
     g.add_argument("--bridge-rank", type=POSITIVE, default=8, metavar="N", help="of the cross-modal bridge (Eq. 3)")
     engine.add_options(parser, "pretrain", "captions/*.tar", "img2dataset shards, COCO Karpathy JSON", steps=40_000,
                        warmup=2000, batch=1280, lr=1e-4, text=50)

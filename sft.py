@@ -1,6 +1,6 @@
-"""Stage 2, instruction tuning (Sec. 3.3, Tab. 4): conversations; everything learns but CLIP.
+"""Stage 2, instruction tuning (Sec. 3.3, Tab. 4): conversations; everything learns but the image tokenizer.
 
-    python sft.py                                                           # on the toy world of `make demo`
+    python sft.py --out runs/try --steps 100 --warmup 10 --batch 16 --lr 1.5e-3             # on the demo's files
     torchrun --nproc_per_node=8 sft.py --model runs/pretrain --data llava_v1_5_mix665k.json --images DIR --out runs/sft
 
 Only answers with their end token count in the loss (Eq. 7, 8). Captions are learned as pretrain.py learns them.

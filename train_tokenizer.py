@@ -1,6 +1,6 @@
 """Stage 0, the image tokenizer (Sec. 3.2, A.1): a VQGAN over the frozen CLIP with lookup-free quantization.
 
-    python train_tokenizer.py                                               # on the toy world of `make demo`
+    python train_tokenizer.py --out runs/try --steps 100 --warmup 10 --batch 16 --lr 7e-4   # on the demo's files
     torchrun --nproc_per_node=8 train_tokenizer.py --clip clip-vit-large-patch14-336 --data 'sa1b/{00000..00999}.tar' \\
         --vgg vgg16.pth --lpips lpips_vgg.pth --out runs/tokenizer --micro-batch 16
 
@@ -180,7 +180,7 @@ def options():
     g.add_argument("--lpips", metavar="FILE", help="LPIPS's linear weights for VGG")
     for name, default, words in WEIGHTS:
         g.add_argument(f"--{name}-weight", type=bounded(float, 0), default=default, metavar="W", help=words)
-    g.add_argument("--disc-start", type=NATURAL, default=20_000, metavar="STEP", help="first with the discriminator")
+    g.add_argument("--disc-start", type=NATURAL, default=20_000, metavar="STEP", help="first with a discriminator")
     engine.add_options(parser, "tokenizer", "captions/*.tar", "img2dataset shards, COCO or LLaVA JSON", steps=200_000,
                        warmup=5000, batch=256, lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0, engines=False)
     return parser

@@ -56,7 +56,7 @@ def add_options(parser, out, data, files, steps, warmup, batch, lr, betas=(0.9, 
     add("--export", action="store_true", help="with --resume: only write the model folder")
     add("--steps", type=POSITIVE, default=steps, metavar="N", help="updates")
     add("--save-every", type=NATURAL, default=1000, metavar="N", help="steps between checkpoints; 0: none")
-    add("--sample-every", type=NATURAL, default=1000, metavar="N", help="steps between pages in samples/; 0: the last")
+    add("--sample-every", type=NATURAL, default=1000, metavar="N", help="steps between pages in samples/; 0: last only")
     add("--keep", type=POSITIVE, default=2, metavar="N", help="number of checkpoints to keep")
     add("--seed", type=SEED, default=0, metavar="N", help="of new weights and of the order of the data")
     add("--plan", action="store_true", help="print memory, FLOPs and hours, and end (python -m training.plan -h)")
@@ -69,7 +69,7 @@ def add_options(parser, out, data, files, steps, warmup, batch, lr, betas=(0.9, 
     add("--clip-norm", type=positive, default=1.0, metavar="X", help="largest norm of the gradient")
     add("--batch", type=samples, default=batch, metavar="N", help="samples of an update, over all processes")
     add("--micro-batch", type=NATURAL, default=0, metavar="N", help="samples of a pass; 0: --batch / processes")
-    add = parser.add_argument_group("the machine").add_argument
+    add = parser.add_argument_group("the machine and the log").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D", help="torch device")
     add("--dtype", choices=list(DTYPES), help="of products; None: bfloat16 on a GPU, else float32")
     add("--workers", type=bounded(int, 0, 1000), default=0, metavar="N", help="data readers of each training process")
