@@ -153,19 +153,17 @@ def read_tar(source, name, files):
 def read_entry(source, index):
     entry = source.entries[index]
     name = str(entry.get("id", entry.get("image_id", entry.get("image", index))))
-    others = ("video", "videos", "audio", "audios", *["images"] * (not entry.get("image")))
-    if media := [key for key in others if entry.get(key)]:
+    other_media = ("video", "videos", "audio", "audios", *["images"] * (not entry.get("image")))
+    if media := [key for key in other_media if entry.get(key)]:
         raise BadSample("other_media", f"{name} has {', '.join(media)}")
     paths = entry.get("image") or []
     try:
         files = [inside(source.images, path) for path in ([paths] if isinstance(paths, str) else paths)]
     except UserError:
         raise BadSample("path_outside", name) from None
-    for file in files:
-        if not file.is_file():
-            raise BadSample("no_image", f"{name}: {file}")
-    if source.kind == "coco" and not files:
-        raise BadSample("no_image", name)
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or source.kind == "coco" and not files:
+        raise BadSample("no_image", ": ".join([name, *missing[:1]]))
     return name, entry["caption" if source.kind == "coco" else "conversations"], files
 
 
@@ -175,13 +173,14 @@ def words_of(text):
     return re.sub(r"[*#~]", " ", text.lower()).split()[:64] if is_text else []
 
 
-def clean_caption(caption, name, random):
-    """The words of a caption with a blank between them. A list stands for one of its captions, which the generator
-    `random` chooses; what has no words is no caption."""
+def clean_caption(caption, name, seed, epoch):
+    """The words of a caption with a blank between them. A list stands for one of its captions, drawn anew in every
+    epoch; what has no words is no caption."""
     texts = [words for text in (caption if isinstance(caption, list) else [caption]) if (words := words_of(text))]
     if not texts:
         raise BadSample("no_caption", name)
-    return " ".join(texts[random.integers(len(texts))])
+    choice = np.random.default_rng([seed, epoch, 1, *name.encode()])
+    return " ".join(texts[choice.integers(len(texts))])
 
 
 def llava_turns(conversation, n_images, name):
@@ -198,7 +197,8 @@ def llava_turns(conversation, n_images, name):
             raise BadSample("other_media", name)
         # In a chat without images <image> is text, unless it is a whole line: then an image is missing.
         marks = words.count(MARK) if n_images else lines.count(MARK)
-        turns.append((words.replace(MARK, "").strip() if marks else words, marks, answer["value"] + ""))
+        words = words.replace(MARK, "").strip() if marks else words
+        turns.append((words, marks, answer["value"] + ""))                    # + "": what is no text raises
     if len(messages) % 2:
         raise BadSample("roles", f"{name} has a question without an answer")
     if sum(marks for _, marks, _ in turns) != n_images:
@@ -230,8 +230,7 @@ class SampleBuilder:
         else:
             draw = np.random.default_rng([self.seed, epoch, *name.encode()]).random() < self.text_to_image
             max_tokens = max(0, self.max_length - self.config.image_tokens - 3)
-            choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
-            words = clean_caption(words, name, choice)
+            words = clean_caption(words, name, self.seed, epoch)
             ids, loss_mask = self.text.caption(words, self.caption_end, not draw, max_tokens)
             loss_mask = [label and (self.image_loss or i != IMG) for i, label in zip(ids, loss_mask)]
         ids, loss_mask = truncate(ids, loss_mask, self.max_length, self.config.image_tokens)
@@ -297,8 +296,7 @@ class SampleDataset(torch.utils.data.Dataset):
         if c:
             blank = torch.zeros(c.image_feature_resolution ** 2, c.vision_codebook_num, dtype=torch.long)
             rows = [expand_images(s["ids"], s["loss_mask"], [blank] * len(s["pixels"]), c) for s in samples]
-            if not rows:                                  # no sample is usable: <s> alone, without a target
-                rows = [expand_images([self.builder.text.newline], [0], [], c)]
+            rows = rows or [expand_images([self.builder.text.newline], [0], [], c)]           # no sample is usable
             streams = Streams.from_ids([ids for ids, _ in rows], c, loss_mask=[loss_mask for _, loss_mask in rows])
         pixels = [picture for sample in samples for picture in sample["pixels"]]
         drawn = torch.tensor([sample["drawn"] for sample in samples for _ in sample["pixels"]], dtype=torch.bool)
@@ -339,10 +337,10 @@ def make_val_loader(sources, builder, micro_batch, rank=0, world_size=1, workers
 
 
 def load(dataset, batches, workers, pin, **options):
+    # a generator of its own leaves the run's random numbers alone
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,
-        worker_init_fn=start_worker, generator=torch.Generator(),             # its own: the run's random numbers are
-        **options)                                                            # left alone
+        worker_init_fn=start_worker, generator=torch.Generator(), **options)
 
 
 # ---------------------------------------------------------------- python data.py FILE...

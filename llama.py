@@ -47,10 +47,7 @@ class LlamaConfig:
         check_divisible(self.num_attention_heads, self.num_key_value_heads, "heads share key-value heads evenly")
         check_divisible(self.head_dim, 2, "RoPE rotates pairs of dimensions")
 
-    @classmethod
-    def from_file(cls, path, sizes=None, **changes):
-        """path: config.json. sizes: fields for a file that lacks them. changes: fields that override the file's."""
-        return read_config(cls, path, sizes or {}, changes)
+    from_file = classmethod(read_config)                  # (config.json, fields that it may lack, **fields to override)
 
 
 # ---------------------------------------------------------------- norm, positions, products

@@ -90,7 +90,7 @@ def fast_attention(q, views, streams, mask=None):
     If all rows have their images at the same places, as in pretraining: one causal call that ends with the last image,
     for the image queries, and one call for the text queries alone. Any other batch: two causal calls.
     """
-    if len(streams.query_modalities) == 1 or len(views) == 1:
+    if len(streams.query_modalities) == 1 or len(views) == 1:                 # one kind of query, or one view for both
         return llama.causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
     if streams.text_positions is None:
         text, image = (llama.causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
@@ -360,9 +360,8 @@ def cross_entropy(head, hidden, targets, rows_at_once=2048):
     return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in parts)
 
 
-def vision_sizes(image_tokenizer_config):
-    """The fields of LibraConfig that follow from the image tokenizer"""
-    c = image_tokenizer_config
+def vision_sizes(c):
+    """c: ImageTokenizerConfig -> the fields of LibraConfig that follow from it"""
     return {"vision_vocab_size": c.codebook_size + 2, "vision_codebook_num": c.num_codebooks,
             "image_feature_resolution": c.grid, "contiguous_signal_size": c.signal_size}
 

@@ -73,10 +73,8 @@ def main():
     model = Libra.from_pretrained(args.llm, args.image_tokenizer and require_path(args.image_tokenizer), **sizes)
     for p in model.llama_parameters():
         p.requires_grad_(False)                           # stays bit for bit as it was (Sec. 3.3)
-    builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
-                            args.max_length, args.seed, args.text_to_image, not args.no_caption_end,
-                            image_loss=not args.language_only)
-    train_libra(args, dist, model, builder)
+    train_libra(args, dist, model, text_to_image=args.text_to_image, caption_end=not args.no_caption_end,
+                image_loss=not args.language_only)
 
 
 def refuse_other_sizes(folder, sizes):
@@ -84,7 +82,7 @@ def refuse_other_sizes(folder, sizes):
     path = Path(folder or "") / "config.json"
     found = read_json(path) if folder and path.is_file() and not is_llama(path) else {}
     other = [f"{name} {found[name]}, now {sizes[name]}" for name in (
-        "vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets")
+        "vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets", "discrete_only")
         if found.get(name, sizes[name]) != sizes[name]]
     if other:
         raise UserError(f"--llm {folder} is a Libra already, made with {'; '.join(other)}: give the same options to "
@@ -96,8 +94,9 @@ def refuse_other_sizes(folder, sizes):
 def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_samples=None):
     """Train a model of any kind and write its folder. blocks: its layers, see engine.distribute
 
-    loss(wrapped, batch) -> {name: sum over targets}; counts(batch) -> {name: number of targets, and what flops and the
-    log need}. A step's loss is the sum of all losses over the number of all targets, of all passes and processes.
+    loss(wrapped, batch) -> {name: sum over targets}; counts(batch) -> {name of a loss: number of its targets}, and
+    further numbers for flops and the log. A step's loss is the sum of all losses over the number of all targets, of all
+    passes and processes.
     """
     sources, held_out = (open_sources(files, args.images) for files in (args.data, args.val_data))
     if both := set.intersection(*({Path(file.path).resolve() for file in group} for group in (sources, held_out))):
@@ -132,7 +131,7 @@ def update(args, dist, wrapped, optimizer, loss, step, batches, totals):
             mean = sum(losses.values()) / max(1, n_targets)                                   # Eq. 6
         (mean * dist.size).backward()                     # the engines average gradients over the processes
         sums = sums + torch.stack([value.detach() for value in losses.values()])
-    norm = engine.clip_grad_norm([p for p in wrapped.parameters() if p.requires_grad], args.clip_norm)
+    norm = engine.clip_grad_norm(wrapped.parameters(), args.clip_norm)
     sums = engine.all_reduce_sum(sums, dist)
     finite = torch.isfinite(norm) and torch.isfinite(sums).all()
     if finite:
@@ -206,7 +205,8 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping or last)
         checkpoints.poll()
         measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
-        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.bad, "causes": bad.causes}
+        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.number,
+                    "causes": bad.causes}
         if validate and not stopping and (last or engine.is_due(step, args.val_every)):
             numbers |= validate()
         log(step + 1, numbers)
@@ -232,10 +232,13 @@ def sum_counts(rows, dist):
 
 # ---------------------------------------------------------------- Libra in the loop
 
-def train_libra(args, dist, model, builder):
+def train_libra(args, dist, model, **samples):
+    """samples: further fields of SampleBuilder"""
     plan.choose_engine(args, dist, model)
     model.checkpoint_activations = args.checkpoint_activations
     tokenizer = model.tokenizers.image.to(dist.device)
+    builder = SampleBuilder(model.tokenizers.text, model.config, tokenizer.config.resolution, args.max_length,
+                            args.seed, **samples)
     args.frozen = fingerprint(model, tokenizer)
 
     def loss(wrapped, batch):

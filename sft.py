@@ -9,7 +9,6 @@ With --freeze-llm the LLaMA stays as it was, bit for bit.
 import argparse
 
 from common.cli import POSITIVE, TOY, Help, require_path, run
-from data import SampleBuilder
 from model import Libra
 from pretrain import TEMPLATE_HELP, train_libra
 from training import engine, plan
@@ -37,9 +36,7 @@ def main():
     model = Libra.from_pretrained(require_path(args.model), **changes)
     for p in model.llama_parameters():
         p.requires_grad_(not args.freeze_llm)
-    builder = SampleBuilder(model.tokenizers.text, model.config, model.tokenizers.image.config.resolution,
-                            args.max_length, args.seed)
-    train_libra(args, dist, model, builder)
+    train_libra(args, dist, model)
 
 
 if __name__ == "__main__":

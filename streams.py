@@ -20,14 +20,11 @@ class Streams:
     text_ids (n_text,), image_ids (n_image, K) without the offset V: codes from 0, BOI = N and EOI = N + 1
     text_index (n_text,), image_index (n_image,): place of each token in the (B * L) grid of right-padded rows
     is_image (B, L): bool
-    text_rows, image_rows: the rows of text_ids and of image_ids whose next row is a counted target
+    text_rows, image_rows: indices into text_ids and image_ids of the tokens whose next token is a counted target
     text_positions, text_mask: where all rows have their images at the same places, the positions (L_text,) of text, and
         (L_text, L) which keys each of them sees; else None
     image_end: one past the last image token of all rows; 0 without images
     """
-    TENSORS = ("text_ids", "image_ids", "text_index", "image_index", "is_image", "text_rows", "image_rows",
-               "text_positions", "text_mask")
-
     def __init__(self, **attributes):
         self.__dict__.update(attributes)
         self.query_modalities = [TEXT] * (len(self.text_ids) > 0) + [IMAGE] * (len(self.image_ids) > 0)
@@ -102,9 +99,8 @@ class Streams:
         return signal
 
     def to(self, device):
-        tensors = {name: getattr(self, name) for name in self.TENSORS}
-        moved = {name: x if x is None else x.to(device, non_blocking=True) for name, x in tensors.items()}
-        return Streams(**(vars(self) | moved))
+        return Streams(**{name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                          for name, x in vars(self).items()})
 
 
 def target_rows(loss_mask, image, lengths):

@@ -184,14 +184,14 @@ class VQ(nn.Module):
 
 # ---------------------------------------------------------------- VQGAN: taming-transformers' layers and names
 
-norm = partial(nn.GroupNorm, 32, eps=1e-6)
+group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
@@ -203,7 +203,7 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
-        self.heads, self.norm = heads, norm(channels)
+        self.heads, self.norm = heads, group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
                 nearest=nn.Upsample((side, side)), conv=nn.Conv2d(width, width, 3, padding=1)))
             levels.insert(0, level)                                                           # up.0 is the finest
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(width), nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))
@@ -275,7 +275,7 @@ class Encoder(nn.Module):
             level.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else nn.Identity()
             self.down.append(level)
         self.mid = middle(width, c.num_attn_heads)
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, c.z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(width), nn.Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x):
         if x.shape[-1] != self.resolution:
@@ -378,7 +378,14 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
         """Our folder, a model folder that has one inside, or a published folder as it is"""
-        config, tensors, source = read_image_tokenizer(Path(folder))
+        config, source = read_image_config(folder)
+        if (source / published.CONFIG).is_file():
+            _, source, clip_folder = published.read_published_config(source)
+            tensors = published.read_published_weights(source)
+            if not any(name.startswith(published.CLIP_PREFIX) for name in tensors):
+                tensors |= read_clip_weights(clip_folder, published.CLIP_PREFIX)
+        else:
+            tensors = read_folder(source, torch.float32)
         with shapes_only():
             tokenizer = cls(config)
         assign(tokenizer, tensors, source)
@@ -413,18 +420,6 @@ def read_image_config(folder):
     if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
         raise UserError(f"{path}: it lacks {first_few(missing)}")
     return make_config(ImageTokenizerConfig, values, path), place
-
-
-def read_image_tokenizer(folder):
-    """-> ImageTokenizerConfig, tensors, the path they came from"""
-    config, folder = read_image_config(folder)
-    if not (folder / published.CONFIG).is_file():
-        return config, read_folder(folder, torch.float32), folder
-    _, checkpoint, clip_folder = published.read_published_config(folder)
-    tensors = published.read_published_weights(checkpoint)
-    if not any(name.startswith(published.CLIP) for name in tensors):
-        tensors |= read_clip_weights(clip_folder, published.CLIP)
-    return config, tensors, checkpoint
 
 
 def read_clip_sizes(folder):

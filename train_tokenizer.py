@@ -58,10 +58,10 @@ def lfq_loss(projected, codebook_size, gamma=2.5, entropy_weight=0.1, commitment
     return {"loss": loss, "per_sample_entropy": per_sample, "batch_entropy": batch, "commitment": commitment}
 
 
-def vq_loss(projected, vectors, commitment_weight=0.25):
+def vq_loss(projected, vectors):
     """projected: (B, G, G, dim); vectors: those of the table that it was quantized to"""
     table, commitment = F.mse_loss(vectors, projected.detach()), F.mse_loss(projected, vectors.detach())
-    return {"loss": table + commitment_weight * commitment, "commitment": commitment}
+    return {"loss": table + 0.25 * commitment, "commitment": commitment}
 
 
 class Discriminator(nn.Module):
@@ -117,7 +117,7 @@ class LPIPS(nn.Module):
             return name if name.startswith(("features.", "lin.")) else None
         tensors = [select(read_tensors(file), torch.float32, rename) for file in (vgg, linear)]
         assign(self, tensors[0] | tensors[1], f"{vgg} and {linear}")
-        return self.requires_grad_(False)
+        return self
 
     def states(self, x):
         """x (B, 3, R, R) in [-1, 1] -> VGG's features at the compared layers, normalised"""
@@ -193,6 +193,8 @@ def new_tokenizer(args, clip):
     for name in (*NUMBERS, *LISTS):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
+        elif name in LISTS:
+            setattr(args, name, tuple(getattr(args, name)))
     sizes = {name: getattr(args, name) for name in (*NUMBERS, *LISTS, "quantizer", "encoder")}
     tokenizer = ImageTokenizer(ImageTokenizerConfig(clip=clip, resolution=clip["image_size"], grid=grid, **sizes))
     if args.encoder == "clip":
@@ -223,31 +225,30 @@ class Trained(nn.Module):
         """ids (B, G, G, K) -> share of the codes in use and their perplexity, means over the codebooks"""
         counts = [torch.bincount(codes, minlength=self.used.shape[1]) for codes in ids.flatten(0, 2).T]
         self.used.mul_(0.98).add_(torch.stack(counts))
-        p = self.used / self.used.sum(-1, keepdim=True)
+        p = self.used / self.used.sum(-1, keepdim=True).clamp(min=1e-9)       # without a usable picture yet
         perplexity = torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
         return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
 
 
 def main():
     args = options().parse_args()
+    if bool(args.vgg) != bool(args.lpips):
+        raise UserError("LPIPS needs both --vgg and --lpips; leave both out to do without it")
+    if args.clip_weight and args.encoder != "clip":
+        raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     if args.plan:
         clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
         with shapes_only():
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight), Discriminator()
-        return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, reconstruct)
+        return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, generator_pass)
     args.clip_folder = args.clip_folder or TOY / "clip"
     dist, folder = engine.setup(args), require_path(args.clip_folder)
     torch.backends.cudnn.benchmark = not args.deterministic                                   # convolutions of one size
     tokenizer = new_tokenizer(args, read_clip_sizes(folder))
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder), folder)
-        tokenizer.clip.requires_grad_(False)
     tokenizer.to(dist.device)
     discriminator = Discriminator().to(dist.device)
-    if bool(args.vgg) != bool(args.lpips):
-        raise UserError("LPIPS needs both --vgg and --lpips; leave both out to do without it")
-    if args.clip_weight and args.encoder != "clip":
-        raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     lpips = LPIPS().read(args.vgg, args.lpips).to(dist.device) if args.vgg else None
     args.frozen = fingerprint(*filter(None, (tokenizer, lpips)))
     sources = open_sources(args.data, args.images, only_pictures=True)
@@ -270,14 +271,13 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
     the log. Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
     adversarial, outputs, disc_losses, disc_norm = step >= args.disc_start, [], [], torch.zeros((), device=dist.device)
     trained, last = getattr(wrapped, "module", wrapped), len(batches) - 1
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    optimizers[0].zero_grad()
     for n, batch in enumerate(batches):                   # generator
         engine.set_grad_sync(wrapped, n == last)
         engine.set_grad_sync(disc, False)                 # here it only passes gradients on to the generator
-        outputs.append(reconstruct(args, dist, adversarial, wrapped, disc, lpips, batch.pixels, len(batches)))
-    norm = engine.clip_grad_norm([p for p in trained.parameters() if p.requires_grad], args.clip_norm)
-    optimizers[1].zero_grad(set_to_none=True)
+        outputs.append(generator_pass(args, dist, adversarial, wrapped, disc, lpips, batch.pixels, len(batches)))
+    norm = engine.clip_grad_norm(trained.parameters(), args.clip_norm)
+    optimizers[1].zero_grad()                             # what the generator's passes left there
     for n, batch in enumerate(batches if adversarial else ()):                                # discriminator
         engine.set_grad_sync(disc, n == last)
         fake = outputs[n][2]
@@ -296,29 +296,29 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
     return numbers | trained.count(ids)
 
 
-def reconstruct(args, dist, adversarial, wrapped, disc, lpips, pixels, passes):
+def generator_pass(args, dist, adversarial, wrapped, disc, lpips, pixels, passes):
     """Forward and backward pass of the generator. -> numbers, ids, reconstructions"""
     usable = bool(len(pixels))                            # a batch of bad samples alone: run on zeros, weight 0
     pixels = pixels if usable else pixels.new_zeros(1, *pixels.shape[1:])
     tokenizer, target = getattr(wrapped, "module", wrapped).tokenizer, to_rgb(pixels)
     with dist.autocast():
-        rgb, ids, code = wrapped(pixels)
+        rgb, ids, code_losses = wrapped(pixels)
     rgb = rgb.float()
     l1, mse = F.l1_loss(rgb, target), F.mse_loss(rgb, target)
     nll = l1 + args.l2_weight * mse
     if lpips:
         nll = nll + args.perceptual_weight * lpips(rgb, target)
     if args.clip_weight:
-        code["clip"] = clip_distance(tokenizer.clip, rgb, pixels)
-        nll = nll + args.clip_weight * code["clip"]
-    loss = nll + code.pop("loss")
+        code_losses["clip"] = clip_distance(tokenizer.clip, rgb, pixels)
+        nll = nll + args.clip_weight * code_losses["clip"]
+    loss = nll + code_losses.pop("loss")
     if adversarial:
         g_loss = -disc(rgb).mean()
-        code["disc_weight"] = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
-        loss = loss + code["disc_weight"] * g_loss
+        weight = args.disc_weight * adaptive_weight(nll, g_loss, tokenizer.decoder.conv_out.weight)
+        loss, code_losses["disc_weight"] = loss + weight * g_loss, weight
     (loss * (usable / passes)).backward()
     mse = F.mse_loss(rgb.detach().clamp(-1, 1), target)   # of what a picture can show
-    numbers = {"loss": loss, "l1": l1, "psnr": 10 * torch.log10(4 / mse), **code}
+    numbers = {"loss": loss, "l1": l1, "psnr": 10 * torch.log10(4 / mse), **code_losses}
     return {name: value.detach() for name, value in numbers.items()}, ids, rgb.detach()
 
 

@@ -17,7 +17,7 @@ from common.weights import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOY = Path("runs/toy")                                    # where `make demo` works; default paths point there
-DEMO = "captions", "chats", "eval", "clip", "llama", "tokenizer", "pretrain", "sft", "foreign"      # its folders
+DEMO_FOLDERS = "captions", "chats", "eval", "clip", "llama", "tokenizer", "pretrain", "sft", "foreign"
 PEERS = []                                                # the run's other processes on this machine
 
 
@@ -53,7 +53,7 @@ def writable_file(text):
 
 def require_path(path):
     if not Path(path).exists():
-        made = [TOY / name for name in DEMO if not (TOY / name).exists()]
+        made = [TOY / name for name in DEMO_FOLDERS if not (TOY / name).exists()]
         is_made = any(folder in (Path(path), *Path(path).parents) for folder in made)
         raise UserError(f"{path} is not there: " + (
             "`make demo` makes it" if is_made else "check the name; --help says what is expected"))

@@ -33,14 +33,14 @@ MOST = {"num_hidden_layers": 1000, "num_codebooks": 1000, "vision_codebook_num":
         "force_image_size": 1024, "max_dynamic_patch": 40}
 
 
-def read_config(cls, path, sizes, changes):
+def read_config(cls, path, sizes=None, **changes):
     """config.json -> cls(**fields). sizes: fields that the file may lack; changes: fields that override the file's."""
     values = {name: value for name, value in read_json(path).items() if value is not None}
     known, image_tokens = {field.name for field in fields(cls)}, values.pop("max_vision_token_length", None)
     for name in ("rope_scaling", "rope_parameters"):      # the latter: newer versions of Hugging Face
         if name in values:
             rope = values.pop(name)
-            sizes = sizes | {"rope_scaling": read_rope(rope, name, path)}
+            values["rope_scaling"] = read_rope(rope, name, path)
             values |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if values.get("model_type") == "qwen2":
         values["qkv_bias"] = True
@@ -54,7 +54,7 @@ def read_config(cls, path, sizes, changes):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, which this model does not compute")
     if missing := (REQUIRED if is_llama(path) else REQUIRED | REQUIRED_VISION) - values.keys():
         raise UserError(f"{path}: it lacks {', '.join(sorted(missing))}")
-    config = make_config(cls, sizes | values | changes, path)
+    config = make_config(cls, (sizes or {}) | values | changes, path)
     if image_tokens not in (None, expected := getattr(config, "image_tokens", None)):
         raise UserError(f"{path}: max_vision_token_length is {image_tokens!r:.99}, expected {expected} "
                         "(image_feature_resolution squared, BOI and EOI)")

@@ -7,7 +7,7 @@ import yaml
 from common.weights import UserError, first_few, inside, read_tensors, read_text, select
 
 CONFIG = "vision_tokenizer_config.yaml"
-CLIP = "encoder.vision_tower.vision_model."               # prefix of the CLIP's tensors
+CLIP_PREFIX = "encoder.vision_tower.vision_model."        # of the names of the CLIP's tensors
 
 FIXED = {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
 RENAMED = {"num_codebook": "num_codebooks", "select_layer": "select_layers", "initial_resolution": "grid",
@@ -39,6 +39,6 @@ def read_published_config(folder):
 
 def read_published_weights(checkpoint):
     """vqgan.ckpt -> {name: tensor} without buffers and without what only its training needed"""
-    used = ("decoder.", "quantize.project_", "quant_conv.", "post_quant_conv.", CLIP)
+    used = ("decoder.", "quantize.project_", "quant_conv.", "post_quant_conv.", CLIP_PREFIX)
     return select(read_tensors(checkpoint), torch.float32,
                   lambda name: name if name.startswith(used) and "position_ids" not in name else None)

@@ -88,7 +88,7 @@ def parts(tensors):
 
 
 def restore(tensors, expected, source):
-    """As `parts`, back. expected: {name: tensor} with the shapes of the whole ones"""
+    """The inverse of `parts`. expected: {name: tensor} with the shapes of the whole ones"""
     quantization, int4 = import_torchao()
     tensors = dict(tensors)
     for name in [name for name in expected if MATRICES.fullmatch(name) and f"{name}:qdata" in tensors]:

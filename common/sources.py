@@ -25,16 +25,16 @@ def expand_patterns(patterns):
     for pattern in patterns:
         pattern, times = re.fullmatch(r"(.*?)(?:@(\d+))?", pattern, re.DOTALL).groups(default="1")
         if os.path.isdir(pattern):
-            raise UserError(f"--data {pattern} is a folder: name its files, as in '{pattern}/*.tar'")
+            raise UserError(f"{pattern} is a folder: name its files, as in '{pattern}/*.tar'")
         names = list(itertools.islice(expand_braces(pattern[:4096]), MOST_FILES + 1))         # paths are no longer
         if len(names) * int(times[:9]) > MOST_FILES:
-            raise UserError(f"--data {pattern}, {times} times: stands for more than {MOST_FILES:,} files")
+            raise UserError(f"{pattern}, {times} times: stands for more than {MOST_FILES:,} files")
         names = [file for name in names
                  for file in ([name] if os.path.isfile(name) else sorted(glob.glob(name)) or [name])]
         if not names or not int(times):
-            raise UserError(f"--data {pattern}, {times} times: stands for no file")
+            raise UserError(f"{pattern}, {times} times: stands for no file")
         if missing := [name for name in names if not os.path.isfile(name)]:
-            raise UserError(f"--data {pattern}: {len(missing)} of {len(names)} files are missing, first {missing[0]}")
+            raise UserError(f"{pattern}: {len(missing)} of {len(names)} files are missing, first {missing[0]}")
         files += names * int(times)
     return files
 
@@ -90,22 +90,25 @@ class Source:
         return [Path(self.path).name, size, hashlib.sha256(b"".join(content)).hexdigest()]
 
 
+scan = json.JSONDecoder().raw_decode                      # (text, start) -> value, end
+
+
 def open_source(path, images="", only_pictures=False):
     """Shards are known by their name: to open thousands would delay the first step. Other files by their content."""
     if str(path).endswith(".tar") or is_tar(path):
         return Source(path, "tar")
     text = read_text(path)
-    first = re.match(r"\s*\[\s*", text)
+    bracket = re.match(r"\s*\[(?!\s*\])\s*", text)       # of a list that is not empty
     try:
-        value = scan(text, first.end())[0] if first else parse_json(text)
-        if not first:                                                                         # dataset_coco.json
+        value = scan(text, bracket.end())[0] if bracket else parse_json(text)
+        if not bracket:                                                                       # dataset_coco.json
             kind, entries = "coco", Entries(
                 {"image": f"{image.get('filepath', '')}/{image['filename']}".lstrip("/"), "caption": sentence["raw"]}
                 for image in value["images"] if image.get("split") in ("train", "restval")
                 for sentence in image["sentences"] or [{"raw": None}])                        # is counted as bad
         else:
             kind = "llava" if "conversations" in value else "coco" if "caption" in value else None
-            entries = Entries(json_entries(text, first.end(), kind, only_pictures))
+            entries = Entries(json_entries(text, bracket.end(), kind, only_pictures))
         if kind and len(entries):
             return Source(path, kind, images, entries)
     except (ValueError, RecursionError) as error:
@@ -116,21 +119,17 @@ def open_source(path, images="", only_pictures=False):
                     "dataset_coco.json, which has images of the split train or restval")
 
 
-scan = json.JSONDecoder().raw_decode                      # (text, start) -> value, end
-
-
 def json_entries(text, start, kind, only_pictures):
     """The entries of a JSON list one after the other, so that never all of them are objects in memory. A list of
     captions is an entry for each, an empty one an entry without; only_pictures: without entries that have none."""
     while True:
         entry, end = scan(text, start)
         captions = entry.get("caption") if kind == "coco" and isinstance(entry, dict) else None
-        if only_pictures and not (isinstance(entry, dict) and entry.get("image")):
-            pass
-        elif isinstance(captions, list):
-            yield from ({**entry, "caption": caption} for caption in captions or [None])
-        else:
-            yield text[start:end]
+        if not only_pictures or isinstance(entry, dict) and entry.get("image"):
+            if isinstance(captions, list):
+                yield from ({**entry, "caption": caption} for caption in captions or [None])
+            else:
+                yield text[start:end]
         separator = re.compile(r"\s*([,\]])\s*").match(text, end)
         if not separator:
             raise ValueError(f"expected a comma or ] at character {end}")
@@ -181,7 +180,7 @@ def list_tar(path):
                     members.append((name, offset + 512, size))
                 extended = {}
             offset = file.seek(offset + 512 + -(-size // 512) * 512)
-        rest = header + file.read()                       # a complete tar ends in zeros, 512 bytes or more
+        rest = header + file.read(2 ** 20)                # a complete tar ends in zeros, 512 bytes or more
     return members, len(rest) >= 512 and not any(rest)
 
 
@@ -191,7 +190,7 @@ def list_shard(sources, shard):
     number, part = shard
     source = sources[number]
     if source.kind != "tar":
-        return [(number, i) for i in range(part * SHARD, min((part + 1) * SHARD, len(source.entries)))]
+        return [(number, i) for i in range(len(source.entries))[part * SHARD:(part + 1) * SHARD]]
     with open(source.path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{source.path} is compressed (gzip), so no sample can be read by its place: gunzip it")

@@ -59,13 +59,13 @@ def parse_json(text):
         raise ValueError("nested too deep") from None
 
 
-def read_json(path, kind=dict):
+def read_json(path):
     try:
         value = parse_json(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: expected a JSON {'object' if kind is dict else 'object or list'}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
     return value
 
 

@@ -20,16 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.pictures import open_image
-from common.weights import (
-    UserError,
-    assign,
-    cast,
-    read_tensors,
-    save_tensors,
-    shapes_only,
-    weight_files,
-    write_json,
-)
+from common.weights import UserError, assign, cast, read_tensors, save_tensors, shapes_only, weight_files, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
 from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables, to_matmul_dtype
 from model import cross_entropy
@@ -241,8 +232,7 @@ class ChatBuilder:
         if source.kind == "llava":
             ids, labels = self.text.chat(llava_turns(words, len(pictures), name))
         else:
-            choice = np.random.default_rng([self.seed, epoch, 1, *name.encode()])
-            ids, labels = self.text.caption(clean_caption(words, name, choice))
+            ids, labels = self.text.caption(clean_caption(words, name, self.seed, epoch))
         labels = [1] * len(ids) if self.every_token else labels
         c, pictures = self.config, [self.config.prepare(picture, len(pictures)) for picture in pictures]
         sizes, most = [len(order) for _, order in pictures], min(self.max_length, c.max_position_embeddings)

@@ -1,8 +1,10 @@
 """Reading: every sample exactly once an epoch whoever reads on, and every way in which a sample can be unusable."""
 import io
 import json
+import os
 import tarfile
 import threading
+import tracemalloc
 import zlib
 from collections import Counter
 from types import SimpleNamespace
@@ -15,13 +17,7 @@ from PIL import Image
 import data
 from common.sources import expand_patterns, list_shard, list_tar, open_source, open_sources
 from common.weights import UserError
-from data import (
-    BadSample,
-    RankBatchSampler,
-    SampleBuilder,
-    SampleDataset,
-    SampleOrder,
-)
+from data import BadSample, RankBatchSampler, SampleBuilder, SampleDataset, SampleOrder
 from text import Text
 
 
@@ -132,6 +128,23 @@ def test_a_damaged_shard_is_read_up_to_the_damage(tmp_path, harm):
     path.write_bytes(content[:{"in a header": at + 200, "between members": at, "empty": 0}.get(harm, len(content))])
     read = "" if harm in ("first header", "empty") else "012"
     assert causes(open_source(path), tmp_path) == dict.fromkeys(read) | {f"{path} (cut off)": "cut_tar"}
+
+
+def test_an_empty_list_is_no_data(tmp_path):
+    (tmp_path / "a.json").write_text(" [ ]")
+    with pytest.raises(UserError, match="a.json: expected a tar shard, JSON with"):
+        open_source(tmp_path / "a.json")
+
+
+def test_what_follows_the_damage_is_not_in_memory(tmp_path):
+    path = tmp_path / "00000.tar"
+    path.write_bytes(b"\xff" * 512)
+    os.truncate(path, 2 ** 30)
+    tracemalloc.start()
+    try:
+        assert list_tar(path) == ([], False) and tracemalloc.get_traced_memory()[1] < 2 ** 23
+    finally:
+        tracemalloc.stop()
 
 
 def test_names_in_braces(tmp_path):

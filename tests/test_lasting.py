@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(pretrain, base, tmp_p
 
 def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):
     """A loss that is not finite; and batches without a usable sample, which change nothing"""
-    words = ["--clip", toy / "clip", TOKENIZER, "--disc-start 0 --steps 3"]
+    words = ["--clip", toy / "clip", TOKENIZER.replace("--attn-resolutions 7", ""), "--disc-start 0 --steps 3"]
     output = run("train_tokenizer.py", *words, "--data", toy / "captions/*.tar", "--lr 1e38 --out", tmp_path / "a",
                ok=False)
     assert "step 2: loss or gradient is not finite" in output and len(output.split("In the batch: ")[1].split()) == 8
@@ -336,6 +336,10 @@ def test_the_tokenizer_stops_and_saves_too(toy, tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps(entries))
     run("train_tokenizer.py", *words, "--data", tmp_path / "coco.json", "--max-bad 1 --out", tmp_path / "b")
     assert [(line["norm"], line["skipped"]) for line in log(tmp_path / "b")] == [(0, 8), (0, 16), (0, 24)]
+    assert [line["perplexity"] for line in log(tmp_path / "b")] == [1, 1, 1]  # no code has been used: not NaN
+    # sizes that were left open, named on --resume
+    run("train_tokenizer.py", *words, "--data", tmp_path / "coco.json", "--max-bad 1 --out", tmp_path / "b",
+        "--resume --steps 4 --attn-resolutions 7")
 
 
 def test_resume_with_other_options(pretrain, base, tmp_path):

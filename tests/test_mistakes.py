@@ -53,6 +53,8 @@ def message_of(main, words, monkeypatch, capsys):
     (train_tokenizer.main, "--plan --codebook-size 1", "codebook_size is 1, expected"),
     (train_tokenizer.main, "--plan --ch-mult 1 --attn-resolutions 24", "the levels of ch_mult are 1, expected 2 to 16"),
     (train_tokenizer.main, "--plan --ch 33", "33 does not divide by 32"),
+    (train_tokenizer.main, "--plan --encoder scratch --clip-weight 1", "has no CLIP to compare in"),
+    (train_tokenizer.main, "--plan --vgg vgg16.pth", "LPIPS needs both --vgg and --lpips"),
     (train_tokenizer.main, "--out README.md", "README.md is a file; expected a folder"),
     (train_tokenizer.main, "--clip tests", "tests/config.json: no such file"),
     (evaluate.main, "--task gqa --data x --out nowhere/x.json", "'nowhere/x.json' cannot be written"),
@@ -108,6 +110,7 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
     words = " ".join(map(str, pretrain)).split()
     for more, sentence in (
             (["--llm", base, "--bridge-rank", "4"], "is a Libra already, made with bridge_rank 8, now 4"),
+            (["--llm", base, "--discrete-only"], "is a Libra already, made with discrete_only False, now True"),
             (["--plan", "--llm", toy / "llama"], "a picture has 578 tokens")):
         words_here = words if more[0] == "--llm" else []
         assert sentence in message_of(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)

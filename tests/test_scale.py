@@ -322,13 +322,13 @@ def test_plan_counts_what_the_tokenizer_saves(words, capsys):
     real, dist = tokenizer_modules(), engine.Dist(0, 1, torch.device("cpu"), torch.float32)
     for p in real[2].to_empty(device="cpu").parameters():
         torch.nn.init.normal_(p, 0.0, 0.02)
-    saved = plan.saved_bytes([p for module in real for p in module.parameters()], lambda: train_tokenizer.reconstruct(
-        args, dist, True, *real, torch.randn(2, 3, 32, 32), 1))
+    weights, pixels = [p for module in real for p in module.parameters()], torch.randn(2, 3, 32, 32)
+    saved = plan.saved_bytes(weights, lambda: train_tokenizer.generator_pass(args, dist, True, *real, pixels, 1))
 
     def planned(dtype, with_lpips=True):
         args.dtype, args.micro_batch, args.batch = dtype, 2000, 16000         # 1000 times as much: it prints 0.1 GB
         trained, discriminator, lpips = tokenizer_modules()
-        plan.show_tokenizer(args, trained, discriminator, lpips if with_lpips else None, train_tokenizer.reconstruct)
+        plan.show_tokenizer(args, trained, discriminator, lpips if with_lpips else None, train_tokenizer.generator_pass)
         return 1e6 * float(re.search(r"activations ([\d.]+) \|", capsys.readouterr().out)[1])
     whole, without = planned("float32"), planned("float32", with_lpips=False)
     assert abs(whole / saved - 1) < 0.1 and without < whole

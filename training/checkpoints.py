@@ -49,6 +49,7 @@ class Checkpoints:
         self.thread, self.latest = ThreadPoolExecutor(1), None    # what was last written or read
         self.made_by = {"processes": dist.size, "engine": args.engine, "batch": args.batch,
                         "passes of": args.micro_batch}
+        # the options that a resumed run must share, see check
         self.task = {name: str(value) for name, value in vars(args).items() if name not in FREE}
         if dist.size > 1:                                 # its own group, so that messages do not mix with training's
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))
@@ -64,7 +65,8 @@ class Checkpoints:
             return 0.0
         if error := self.attempt(make_empty, draft, first_only=True):
             self.warn_lost(draft, error)
-        else:                                             # with one thread every process would open a context on GPU 0
+        else:
+            # with thread_count=1 every process would open a context on GPU 0
             writing = dcp.async_save(state_of(models, optimizers), process_group=self.group,
                                      storage_writer=dcp.FileSystemWriter(draft, thread_count=2))
             checksums = self.thread.submit(complete_files, writing, draft, self.dist.rank)

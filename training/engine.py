@@ -140,7 +140,6 @@ def save_options(args, dist, start):
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
         if args.warmup >= args.steps > 100:               # shorter runs only try out whether all works
             print(f"WARNING: --warmup {args.warmup} of --steps {args.steps}: the rate never reaches --lr", flush=True)
-    barrier(dist)
 
 
 # ---------------------------------------------------------------- processes
@@ -201,11 +200,6 @@ def setup(args):
         torch.use_deterministic_algorithms(True)          # not warn_only: attention would stay as it is
     torch.manual_seed(args.seed)
     return replace(dist, dtype=DTYPES[args.dtype])
-
-
-def barrier(dist):
-    if dist.size > 1:
-        torch.distributed.barrier()
 
 
 def all_ranks(condition, dist):
@@ -385,11 +379,11 @@ class BadSamples:
 
     def __init__(self, args, dist):
         self.path, self.max_share, self.dist = Path(args.out) / "bad_samples.jsonl", args.max_bad, dist
-        self.seen, self.bad, self.causes, self.examples = 0, 0, Counter(), []
+        self.seen, self.number, self.causes, self.examples = 0, 0, Counter(), []
 
     def __call__(self, step, batches, totals):
         """batches: of this process; totals: counts over all processes"""
-        self.seen, self.bad = self.seen + totals["samples"] + totals["bad"], self.bad + totals["bad"]
+        self.seen, self.number = self.seen + totals["samples"] + totals["bad"], self.number + totals["bad"]
         if not totals["bad"]:
             return
         listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
@@ -398,15 +392,15 @@ class BadSamples:
         if self.dist.first:
             append(self.path, [{"step": step, "cause": cause, "name": name, "file": file}
                                for cause, name, file in listed])
-        if self.bad > max(20, self.max_share * self.seen):
+        if self.number > max(20, self.max_share * self.seen):
             self.fail(f", more than --max-bad {self.max_share:g}")
 
     def finish(self, start):
         """Fail if a run that started at step 0 found no usable sample."""
-        if not start and self.max_share < 1 and self.bad == self.seen > 0:
+        if not start and self.max_share < 1 and self.number == self.seen > 0:
             self.fail()
 
     def fail(self, limit=""):
         causes = ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common())
-        raise UserError(f"{self.bad} of {self.seen} samples cannot be used{limit}: {causes}. {self.path} lists them, "
-                        f"the last: {', '.join(self.examples)}. python data.py FILE... checks a whole dataset")
+        raise UserError(f"{self.number} of {self.seen} samples cannot be used{limit}: {causes}. {self.path} lists them"
+                        f", the last: {', '.join(self.examples)}. python data.py FILE... checks a whole dataset")

@@ -85,12 +85,13 @@ def show_libra(args, stage, llm, image_tokenizer=None, **changes):
 
 
 def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
-    """The plan of stage 0. forward_backward: train_tokenizer.reconstruct. All modules are without memory."""
+    """The plan of stage 0. forward_backward: train_tokenizer.generator_pass. All modules are without memory."""
     fill_in(args)
     t, dist = trained.tokenizer, Dist(0, 1, torch.device("cpu"), DTYPES[args.dtype])
     parts = {"encoder": t.encoder, "quantizer": torch.nn.ModuleList([t.quant_conv, t.quantize, t.post_quant_conv]),
              "decoder": t.decoder, "discriminator": discriminator}
-    weights = {name: (count(module), next(module.parameters()).requires_grad) for name, module in parts.items()}
+    weights = {name: (sum(p.numel() for p in module.parameters()), next(module.parameters()).requires_grad)
+               for name, module in parts.items()}
     modules = [module for module in (trained, discriminator, lpips) if module]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules:
@@ -114,12 +115,10 @@ def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
 
 def show_answering(folder):
     """What answers take of a GPU's memory, by kind of weights. folder: of a Libra; None: the paper's sizes"""
-    config, clip_config = read_sizes(folder)
-    c, n_matrices, n_others = config, 0, 0
-    for name, p in one_layer(config, False).named_parameters():
-        number = p.numel() * (c.num_hidden_layers if ".layers." in name else 1)
-        n_matrices, n_others = (n_matrices + number, n_others) if MATRICES.fullmatch(name) else (
-            n_matrices, n_others + number)
+    (c, clip_config), sizes = read_sizes(folder), [0, 0]  # sizes: of all but the layers' matrices, of these
+    for name, p in one_layer(c, False).named_parameters():
+        sizes[bool(MATRICES.fullmatch(name))] += p.numel() * (c.num_hidden_layers if ".layers." in name else 1)
+    n_others, n_matrices = sizes
     cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings
     fixed = 2 * n_others + 4 * tokenizer_costs(clip_config)[0] + cache
     print(f"GB of a GPU to answer with {c.max_position_embeddings} positions, {fixed / 1e9:.1f} of them for all but "
@@ -166,10 +165,6 @@ def default_dtype(dtype):
 
 # ---------------------------------------------------------------- weights
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def part_of(name):
     """The part of Libra that a weight belongs to"""
     if "bridge" in name:
@@ -202,7 +197,7 @@ def tokenizer_costs(clip_config):
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tokenizer = ImageTokenizer(clip_config)
         tokenizer.signal(torch.empty(1, 3, clip_config.resolution, clip_config.resolution))
-    return count(tokenizer), counter.get_total_flops()
+    return sum(p.numel() for p in tokenizer.parameters()), counter.get_total_flops()
 
 
 # ---------------------------------------------------------------- FLOPs
