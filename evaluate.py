@@ -39,7 +39,7 @@ from streams import Streams
 from text import expand_images
 from training import engine
 
-ALONE = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
+ONE_PROCESS = engine.Dist(0, 1, torch.device("cpu"), torch.float32)
 
 
 def options():
@@ -71,7 +71,7 @@ def main():
     file_groups = [[path] for path in args.data] if args.task == "pope" else [args.data]      # a score for each group
     check_options(args, file_groups)
     dist = engine.init_distributed(args.device, timeout=args.timeout)
-    model, results = open_model(args, dist.device), []
+    model, results = open_model(args.model, dist.device, args.dtype, args.weights, args.save), []
     rate, how = Rate(model), {"likelihood": args.likelihood, "max_new_tokens": args.max_new_tokens}
     about = how | {"model": str(args.model), "dtype": str(model.lm_head.weight.dtype), "weights": fingerprint(model)}
     for number, paths in enumerate(file_groups):
@@ -107,7 +107,7 @@ def check_options(args, file_groups):
                             "--submission FILE or --out FILE the answers would be lost")
 
 
-def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch=32, dist=ALONE, kept=None,
+def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch=32, dist=ONE_PROCESS, kept=None,
              submission=None, about=None, **how):
     """-> {score, metric, parts, unparsed, answered, cut, ..., answers: [{id, answer}]}; cut: answers that end because
     the positions do
@@ -236,10 +236,9 @@ def fingerprint(model):
     digest.update(model.tokenizers.text.path.read_bytes() + model.tokenizers.text.template.encode())
     for module in filter(None, (model, model.tokenizers.image)):
         for name, tensor in parts(module.state_dict()).items():
-            if tensor.is_floating_point() or "qdata" in name:
-                # The sum of all bits is the same in every order.
-                bits = tensor.flatten().view(torch.int16 if tensor.itemsize > 1 else torch.int8)
-                digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
+            # The sum of all bits is the same in every order.
+            bits = tensor.flatten().view(torch.int16 if tensor.itemsize > 1 else torch.int8)
+            digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]
 
 

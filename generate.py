@@ -23,7 +23,6 @@ from tqdm import tqdm
 from common import cli
 from common.attention_maps import attention_difference, plot_attention
 from common.batching import Rate, prepare_ahead, write_texts
-from common.cli import bounded
 from common.entries import read_prompts, with_answer
 from common.page import serve
 from common.pictures import open_image
@@ -302,7 +301,7 @@ def options():
     g.add_argument("--web", action="store_true", default=None, help="open a page to chat in, and to draw in with a "
                    "pretrained model; needs the package gradio")
     g.add_argument("--host", help="address of --web, which has no password; None: 127.0.0.1, only for this machine")
-    g.add_argument("--port", type=bounded(int, 1, 65535), help="of --web; None: 7860, or the next one that is free")
+    g.add_argument("--port", type=cli.bounded(int, 1, 65535), help="of --web; None: 7860, or the next one that is free")
     g.add_argument("--out", type=cli.writable_file, metavar="FILE", help="None: out.png, or answers.jsonl for --batch")
     g.add_argument("--json", action="store_true", help="print the answer as one line of JSON")
     g.add_argument("--raw", action="store_true", help="no template: the question itself is continued (base models)")
@@ -335,9 +334,10 @@ def main():
         raise UserError(f"{args.out} is read, and would be overwritten: give another --out")
     prompts = read_prompts(args.batch) if args.batch is not None else []
     device = cli.check_device(args.device)
-    model = open_model(args, device) if args.reconstruct is None else ImageTokenizer.from_pretrained(
-        cli.require_path(args.model), device)
-    if not isinstance(model, (Libra, ImageTokenizer)) and (args.draw or args.complete or args.attention):
+    model = (ImageTokenizer.from_pretrained(cli.require_path(args.model), device) if args.reconstruct is not None else
+             open_model(args.model, device, args.dtype, args.weights, args.save))
+    needs_libra = any(option is not None for option in (args.draw, args.complete, args.attention))
+    if needs_libra and not isinstance(model, Libra):
         raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; --draw, ... need a Libra")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
                 "graphs": not args.no_graphs}

@@ -24,7 +24,7 @@ from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
 from bench.more_rows import image_tokenizer, pretraining, quantized, transformers
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
-from common.cli import NATURAL, POSITIVE, Help, check_device, run, writable_file
+from common.cli import NATURAL, Help, bounded, check_device, run, writable_file
 from common.sampling import capture_cuda_graph
 from common.weights import UserError
 from generate import generate
@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the model; None: what suits the row")
     parser.add_argument("--gpu", action="store_true", help="one GPU, bfloat16")
     parser.add_argument("--against", metavar="FOLDER", help="another checkout of this repository")
-    parser.add_argument("--repeat", type=POSITIVE, default=5, help="turns; medians are reported")
+    parser.add_argument("--repeat", type=bounded(int, 1, 42), default=5, help="turns; medians are reported")
     parser.add_argument("--threads", type=NATURAL, default=0, help="of the CPU; 0: torch's choice")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", type=writable_file, metavar="FILE", help="JSON of the rows")

@@ -17,7 +17,7 @@ def products_alone(model, call):
     backward pass, with the model's own weights, on buffers that exist already"""
     weights, buffers, products = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
-    def buffer(role, like):                               # results are no inputs: those would fade to subnormal numbers
+    def buffer(role, like):                               # results have their own: inputs would fade to subnormals
         key = role, like.shape, like.stride()
         if key not in buffers:
             buffers[key] = torch.randn_like(like)

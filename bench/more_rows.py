@@ -87,8 +87,8 @@ def quantized(args, size):
     changes = {"use_expert": False, "use_bridge": False} | ({"vocab_size": 4096} if size == "layer" else {})
     model = new_model(size, args.device, torch.bfloat16, **changes)
     prompts, _, _ = new_batch(model, 1, LENGTH, images=0)
-    sides = {"ours": "int8", "bfloat16": None, "int4": "int4"}
-    for side, kind in sides.items():
+    sides = {}
+    for side, kind in (("ours", "int8"), ("bfloat16", None), ("int4", "int4")):
         copy = model
         if kind:
             with shapes_only():

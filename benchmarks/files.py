@@ -130,8 +130,8 @@ def read_questions(path, annotations=None, *, key=None, item_id=None, question="
 
 def read_captions(path):
     """COCO's {images, annotations} (NoCaps, with domains); Karpathy's {images: [{split, sentences}]}, only the split
-    test (Flickr30k, COCO); BLIP's list of {image, caption}, all captions of a picture in
-    one row or each in its own (COCO). Test files have none."""
+    test (Flickr30k, COCO); BLIP's list of {image, caption}, all captions of a picture in one row or each in its own
+    (COCO). Test files have none."""
     content, annotated, items = read_value(path), {}, {}
     has_annotations = isinstance(content, dict) and "annotations" in content
     for where, _, entry in entries(path, content, "annotations") if has_annotations else ():

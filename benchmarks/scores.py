@@ -28,8 +28,9 @@ def score_each(metric, rule, items, answers):
 def average(results):
     """The mean of the results of several files (POPE's three), and the sums of what was counted"""
     unscored = [result for result in results if result["score"] is None]
-    whole = (unscored or results)[0] | {name: sum(result[name] for result in results)
-                                        for name in ("unparsed", "answered", "cut", "seconds") if name in results[0]}
+    first = {name: value for name, value in (unscored or results)[0].items() if name != "answers"}
+    whole = first | {name: sum(result[name] for result in results)
+                     for name in ("unparsed", "answered", "cut", "seconds") if name in first}
     if unscored:
         return whole
     parts = {name: mean([result["parts"][name] for result in results]) for name in results[0]["parts"]}

@@ -104,8 +104,7 @@ def blocks(config):
 class PreDecoder(nn.Module):
     def __init__(self, base, pre):
         super().__init__()
-        self.base, self.pre, self.text, self.checkpoint_activations = base, pre, None, False
-        self.halves = pre, base
+        self.base, self.pre, self.halves, self.text, self.checkpoint_activations = base, pre, (pre, base), None, False
         width, p, m = pre.hidden_size, base.patch_size, nn.Module()
         self.model = m
         m.embed_tokens = nn.Embedding(base.vocab_size, width)
@@ -209,6 +208,8 @@ def build(args, dist):
             part.requires_grad_(not args.freeze_llm)
         return stages.Stage(model, model.model.layers)
     llm, text, clip, sizes = stages.new_parts(args)
+    if llm.config.head_dim * llm.config.num_attention_heads != llm.config.hidden_size:
+        raise UserError(f"{args.llm}: heads of {llm.config.head_dim}, where HaploVL's share hidden_size evenly")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     both = {"vocab_size": llm.config.vocab_size + 1, "image_token_index": llm.config.vocab_size,
             "patch_size": sizes["patch_size"], "default_image_size": sizes["image_size"],

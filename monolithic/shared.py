@@ -134,9 +134,8 @@ def expand_images(ids, loss_mask, sizes, image_token, most=math.inf, edges=([], 
 
 def pad(rows):
     """Lists of numbers -> (B, L), zero at the right; mask (B, L), False there"""
-    padded, mask = (pad_sequence(tensors, batch_first=True) for tensors in (
-        [torch.tensor(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
-    return padded, mask
+    return (pad_sequence([torch.tensor(row) for row in rows], batch_first=True),
+            pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True))
 
 
 class Batch(NamedTuple):

@@ -3,7 +3,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from scripts import run
+from scripts import ROOT
 
 from common.weights import read_json
 from toy import ablate, compare
@@ -22,7 +22,7 @@ def test_tasks():
 def test_one_row(toy, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(compare, "FACTORS", (0.5,))
     monkeypatch.setattr(compare, "run_tasks", lambda _, tasks: [task(*words) for task, *words in tasks])
-    monkeypatch.setattr(compare, "run_script", lambda *words: run(words[1], *((str(word),) for word in words[2:])))
+    monkeypatch.chdir(ROOT)
     words = ["compare", "--toy", str(toy), "--out", str(tmp_path), "--steps", "2", "--limit", "23", "--judge", "23",
              "--seeds", "0", "--rows", "llava"]
     monkeypatch.setattr(sys, "argv", words)

@@ -20,6 +20,7 @@ from common import cli as command
 from common.pictures import open_image
 from common.sources import list_shard, open_source
 from common.weights import UserError
+from monolithic import haplovl
 from training import engine, plan
 from training.checkpoints import Checkpoints
 
@@ -116,6 +117,11 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
         assert sentence in message_of(stage1.main, [*words_here, "--out", tmp_path / "x", *more], monkeypatch, capsys)
     assert "model_type is 'llama'; expected a CLIP folder" in message_of(
         train_tokenizer.main, ["--clip", toy / "llama", "--out", tmp_path / "x"], monkeypatch, capsys)
+    (tmp_path / "narrow").mkdir()
+    config = json.loads((toy / "llama/config.json").read_text())
+    (tmp_path / "narrow/config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    assert "heads of 16, where HaploVL's share hidden_size evenly" in message_of(
+        haplovl.main, ["--stage", 1, "--plan", "--llm", tmp_path / "narrow", "--clip", toy / "clip"], monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
     assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
     with pytest.raises(UserError, match="is a folder or a device, expected a file"):

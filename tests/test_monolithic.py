@@ -34,7 +34,7 @@ def test_it_answers_and_is_scored(toy, tmp_path, name, kind):
     run("generate.py", *model, "--batch", tmp_path / "in.jsonl", "--max-new-tokens 4 --out", tmp_path / "out.jsonl")
     answers = [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers[0] == alone["answer"] and len(answers) == 2
-    opened = open_model(SimpleNamespace(model=tmp_path / "2", dtype=None, weights=None, save=None), torch.device("cpu"))
+    opened = open_model(tmp_path / "2", torch.device("cpu"))
     *_, words = stream(opened, "What is it?", [image], 4)
     assert words == alone["answer"]
     said = run("generate.py", *model, "--draw cat --out", tmp_path / "x.png", ok=False)
@@ -53,8 +53,7 @@ def check_likelihood(tmp_path, model, image):
     seed = {"questions": [{"question_id": "1", "question": "What is it?", "question_type_id": 1, "data_type": "image",
                            "data_id": image.name, "answer": "A", **words}], "question_type": {"Scene": 1}}
     (tmp_path / "seed.json").write_text(json.dumps(seed))
-    args, losses = SimpleNamespace(model=tmp_path / "2", dtype=None, weights=None, save=None), []
-    opened = open_model(args, torch.device("cpu"))
+    opened, losses = open_model(tmp_path / "2", torch.device("cpu")), []
     text, config = opened.tokenizers.text, opened.config
     prompt, _ = text.chat([("What is it?", 1, None)])
     for choice in words.values():

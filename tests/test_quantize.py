@@ -59,7 +59,7 @@ def folder(request, tmp_path_factory):
 
 
 def opened(folder, weights=None, dtype="float32", save=None):
-    return open_model(SimpleNamespace(model=folder, dtype=dtype, weights=weights, save=save), CPU)
+    return open_model(folder, CPU, dtype, weights, save)
 
 
 @torch.no_grad()

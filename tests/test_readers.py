@@ -211,7 +211,8 @@ def test_pictures_outside_the_folder(tmp_path, task):
 
 
 def test_several_files_are_counted_together():
-    results = [{"score": 1.0, "metric": "F1", "parts": {"a": 1}, "unparsed": 1, "answered": 3, "cut": 1, "seconds": 2},
+    results = [{"score": 1.0, "metric": "F1", "parts": {"a": 1}, "unparsed": 1, "answered": 3, "cut": 1, "seconds": 2,
+                "answers": [{"id": 1, "answer": "yes"}]},                     # of one file: they stand under `files`
                {"score": 0.5, "metric": "F1", "parts": {"a": 0}, "unparsed": 2, "answered": 5, "cut": 0, "seconds": 1}]
     assert average(results) == {"score": .75, "metric": "F1", "parts": {"a": .5}, "unparsed": 3, "answered": 8,
                                 "cut": 1, "seconds": 3}

@@ -77,7 +77,8 @@ def test_broken_lines_of_a_log_are_left_out(tmp_path):
     """A kill or a full disk cuts a line, and the resumed run writes behind it; a power failure leaves zeros."""
     path = tmp_path / "log.jsonl"
     broken = '{"step": 2, "lo{"step": 3}', "\0\0", "5", "[1]", "[" * 10 ** 5, ""
-    path.write_text("\n".join(['{"step": 1, "loss": 2.5}', *broken, '{"step": 4}', '{"step"']))
+    again = '{"step": 1, "loss": 9}', '{"step": 1, "loss": 2.5}'            # killed, and made again
+    path.write_text("\n".join([*again, *broken, '{"step": 4}', '{"step"']))
     assert read_log(path) == [{"step": 1, "loss": 2.5}, {"step": 4}]
 
 

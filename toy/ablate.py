@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.attention_maps import attention_difference
 from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run
 from common.pictures import open_image
 from common.plots import new_figure, plot_curves, show_pictures
@@ -28,13 +28,13 @@ from common.sources import open_source
 from common.weights import UserError, read_json, write_json
 from data import SampleBuilder, make_loader
 from evaluate import evaluate
-from generate import attention, attention_difference, complete, draw, reconstruct
+from generate import attention, complete, draw, reconstruct
 from llama import Llama
 from model import Libra
 from monolithic.shared import Batch, pad
 from tokenizer import ImageTokenizer
-from toy.make import text_rows, write_captions
-from toy.report import score_completions, score_drawings, score_reconstructions
+from toy.make import fill, text_rows, write_captions
+from toy.report import read_log, score_completions, score_drawings, score_reconstructions
 from toy.world import DESCRIBE, SHARES, scenes
 
 ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, POPE, SEED
@@ -55,36 +55,42 @@ def run_tasks(args, tasks):
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        return [future.result() for future in [pool.submit(*task) for task in tasks]]
+        futures = [pool.submit(*task) for task in tasks]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:                         # else the pool would begin the tasks that wait
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
-def run_script(script, *words):
-    if subprocess.run([sys.executable, script, *map(str, words)], stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"{script} failed, see its message above. The same command continues once that is repaired")
+def train(folder, *words):
+    """Run a trainer, unless the folder has its model already -> the folder"""
+    command = [sys.executable, *map(str, words), "--out", str(folder), "--resume"]
+    if not (folder / "model.safetensors").exists() and subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{folder}: its training failed, see the message above. The same command continues once that "
+                        "is repaired")
+    return folder
 
 
 def train_tokenizer(args, name, *options):
     """An image tokenizer by another recipe -> its folder"""
-    folder = args.out / f"tokenizer-{name}"
-    if not (folder / "model.safetensors").exists():
-        run_script("train_tokenizer.py", "--clip", args.toy / "clip", "--data", f"{args.toy}/captions/*.tar", "--out",
-                   folder, "--resume", *args.tokenizer, *options)
-    return folder
+    return train(args.out / f"tokenizer-{name}", "train_tokenizer.py", "--clip", args.toy / "clip", "--data",
+                 f"{args.toy}/captions/*.tar", *args.tokenizer, *options)
 
 
 def run_row(args, row, seed):
     """Train one row with one seed and measure it -> result.json"""
-    folder, start, toy = args.out / f"{row}-{seed}", time.time(), args.toy
+    folder, toy = args.out / f"{row}-{seed}", args.toy
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
     data = args.out / "few/00000.tar" if row == "c" else f"{toy}/captions/*.tar"
     image_tokenizer = args.out / "tokenizer-scratch" if row == "g" else toy / "tokenizer"
-    if not (folder / "pretrain/model.safetensors").exists():
-        run_script("pretrain.py", "--llm", toy / "llama", "--image-tokenizer", image_tokenizer, "--data", data, "--out",
-                   folder / "pretrain", "--seed", seed, "--resume", *args.pretrain, *ROWS[row][1])
-    run_script("sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images",
-               toy / "chats/images", "--out", folder / "sft", "--seed", seed, "--resume", *args.sft)
-    minutes = (time.time() - start) / 60
-    base, tuned = (Libra.from_pretrained(folder / stage).eval() for stage in ("pretrain", "sft"))
+    base = train(folder / "pretrain", "pretrain.py", "--llm", toy / "llama", "--image-tokenizer", image_tokenizer,
+                 "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
+    tuned = train(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
+                  toy / "chats/images", "--seed", seed, *args.sft)
+    steps = read_log(base / "log.jsonl") + read_log(tuned / "log.jsonl")
+    base, tuned = (Libra.from_pretrained(path).eval() for path in (base, tuned))
     questions, annotations, captions, pope = (
         toy / f"eval/held_out_{name}.json" for name in ("questions", "annotations", "captions", "pope"))
     score = partial(evaluate, tuned, batch=64, limit=args.limit)
@@ -92,7 +98,8 @@ def run_row(args, row, seed):
         "questions": score("exact", [questions, annotations], toy / "eval/images")["score"],
         "captions": score("statements", [captions], toy / "eval", prompt=DESCRIBE)["score"],
         "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": perplexity(tuned),
-        "minutes": minutes, "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
+        "minutes": sum(step["seconds"] for step in steps) / 60,
+        "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
     maps = [attention(tuned, question["question"], [toy / f"eval/images/{question['image_id']:012d}.png"])
             for question in read_json(questions)["questions"][:100]]
     result["differences"] = [x.tolist() for x in attention_difference(torch.cat(maps, dim=1))]         # Fig. 4
@@ -137,14 +144,13 @@ def score_quantizer(args, name):
 
 def run_all(args):
     """Everything that is not finished"""
-    rows = args.rows or list(ROWS)
-    if "c" in rows:                                       # the first 720 of the demo's 12,000 pictures
-        (args.out / "few").mkdir(exist_ok=True)
-        write_captions(args.out / "few", 720, seed=0)
-    if "g" in rows:
+    if "c" in args.rows:                                  # the first 720 of the demo's 12,000 pictures
+        fill(args.out / "few", write_captions, 720, 0)
+    if "g" in args.rows:
         train_tokenizer(args, "scratch", "--encoder", "scratch", "--clip-weight", 0)
-    tasks = [(score_quantizer, args, name) for name in ("vq", "lfq") if not args.rows]
-    tasks += [(run_row, args, row, seed) for seed in args.seeds for row in rows
+    tasks = [(score_quantizer, args, name) for name in ("vq", "lfq")
+             if set(args.rows) == set(ROWS) and not (args.out / f"reconstruction-{name}.json").exists()]
+    tasks += [(run_row, args, row, seed) for seed in args.seeds for row in args.rows
               if not (args.out / f"{row}-{seed}/result.json").exists()]
     run_tasks(args, tasks)
 
@@ -192,17 +198,19 @@ def plot(args):
     figure.savefig(args.out / "ablation.png")
 
 
-def options(doc, name, rows):
-    """Of a table of trained rows, which stands in the folder `name`"""
+def options(doc, name, rows, **scripts):
+    """Of a table of trained rows, which stands in the folder `name`. scripts: {option: whose options it passes on}"""
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     parser.add_argument("--toy", type=Path, default=TOY, help="folder of a finished demo")
     parser.add_argument("--out", type=Path, default=TOY / name, help="folder of rows, table and figure")
     parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], help="each row is run once for each")
-    parser.add_argument("--rows", nargs="+", choices=list(rows), metavar="ROW", help=f"{', '.join(rows)}; None: all")
+    parser.add_argument("--rows", nargs="+", choices=list(rows), default=list(rows), metavar="ROW", help="of the table")
     parser.add_argument("--limit", type=POSITIVE, default=600, help="questions and captions that are scored")
     parser.add_argument("--jobs", type=POSITIVE, default=2, help="rows that run at a time, each with its share of the "
                         "cores: two on a core each take less time than one after the other on two cores")
     parser.add_argument("--show", action="store_true", help="only table and figure")
+    for stage, script in scripts.items():
+        parser.add_argument(f"--{stage}", type=shlex.split, default="", metavar="WORDS", help=f"options of {script}")
     return parser
 
 
@@ -229,9 +237,7 @@ def run_table(args, run_all, write_table, plot):
 
 
 def main():
-    parser = options(__doc__, "ablation", ROWS)
-    for stage, script in (("tokenizer", "train_tokenizer.py"), ("pretrain", "pretrain.py"), ("sft", "sft.py")):
-        parser.add_argument(f"--{stage}", type=shlex.split, default="", metavar="WORDS", help=f"options of {script}")
+    parser = options(__doc__, "ablation", ROWS, tokenizer="train_tokenizer.py", pretrain="pretrain.py", sft="sft.py")
     run_table(parser.parse_args(), run_all, write_table, plot)
 
 

@@ -10,7 +10,6 @@ folder per row and seed, table.md, compare.png.
 """
 import importlib
 import random
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -30,8 +29,8 @@ from llama import Llama
 from monolithic import open_model
 from monolithic.stages import counted_flops
 from text import open_text
-from toy.ablate import finished, mean_cell, options, perplexity, run_script, run_table, run_tasks
-from toy.make import write_evaluation
+from toy.ablate import finished, mean_cell, options, perplexity, run_table, run_tasks, train
+from toy.make import fill, write_evaluation
 from toy.report import read_log, score_answers
 from toy.world import DESCRIBE, KINDS
 
@@ -53,13 +52,13 @@ ROWS = {   # title, system, needs CLIP to answer, of each stage: its place in ST
     "hovle-no-stage-1": ("HoVLE without stage 1", "hovle", False, [(0, 0, 0), (1, 1, 1e-3), (2, "chats", 1e-3)]),
     "hovle-no-stage-2": ("HoVLE without stage 2", "hovle", False, [(0, 1, 1e-3), (2, "chats", 1e-3)])}
 FACTORS = 0.5, 1.0, 2.0                                   # of all learning rates of a system
-COLUMNS = {"questions": 3, "blind": 3, "another picture": 3, "unseen pairs": 3, "captions": 3, "existence F1": 3,
+COLUMNS = {"questions": 3, "no picture": 3, "another picture": 3, "unseen pairs": 3, "captions": 3, "existence F1": 3,
            **dict.fromkeys(KINDS, 2), "text perplexity": 3}                   # digits after the point
 COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill ms": 0, "tokens/s": 0}
 
 
 def stage_words(args, row, number, factor, seed, folder, part=1):
-    """-> the command of a stage of a row, its options. part: of the steps"""
+    """-> the command of a stage of a row, without --out. part: of the steps"""
     place, share, lr = ROWS[row][3][number]
     command, words = STAGES[ROWS[row][1]][place]
     toy, chats, captions = args.toy, [f"{args.toy}/chats/chat.json"], [f"{args.toy}/captions/*.tar"]
@@ -69,24 +68,21 @@ def stage_words(args, row, number, factor, seed, folder, part=1):
     if (row, number) == ("haplovl", 0):                   # its text must show all words: their embeddings start new
         files = captions + chats
     before = ["--model", folder / str(number - 1)] if number else []
-    return command, [
-        *words.format(toy=toy).split(), *before, "--data", *files, "--images", toy / "chats/images", "--out",
-        folder / str(number), "--steps", steps, "--batch", batch, "--lr", lr * factor, "--warmup", min(60, steps),
-        "--weight-decay", 0, "--seed", seed, "--save-every", 1000, "--resume"]
+    return [*command.split(), *words.format(toy=toy).split(), *before, "--data", *files, "--images",
+            toy / "chats/images", "--steps", steps, "--batch", batch, "--lr", lr * factor, "--warmup", min(60, steps),
+            "--weight-decay", 0, "--seed", seed, "--save-every", 1000]
 
 
 def train_row(args, row, factor, seed, folder, part=1):
     """All stages of a row with one rate and seed"""
     for number in range(len(ROWS[row][3])):
-        if not (folder / str(number) / "model.safetensors").exists():
-            command, words = stage_words(args, row, number, factor, seed, folder, part)
-            run_script(*command.split(), *words)
+        train(folder / str(number), *stage_words(args, row, number, factor, seed, folder, part))
 
 
 def open_trained(row, folder):
     """The model of the row's last stage"""
     last = folder / str(len(ROWS[row][3]) - 1)
-    return open_model(SimpleNamespace(model=last, dtype="float32", weights=None, save=None), torch.device("cpu"))
+    return open_model(last, torch.device("cpu"), "float32")
 
 
 def try_rate(args, row, factor):
@@ -116,7 +112,7 @@ def score_row(args, row, seed, factor):
                         limit=args.limit)
     asked = scores["held_out"]
     write_json(folder / "result.json", {
-        "questions": asked["score"], "blind": scores["held_out_zeroed"]["score"],
+        "questions": asked["score"], "no picture": scores["held_out_zeroed"]["score"],
         "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
         "captions": captions["score"], "existence F1": scores["existence"]["f1"],
         **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": perplexity(model)})
@@ -124,27 +120,25 @@ def score_row(args, row, seed, factor):
 
 # ---------------------------------------------------------------- costs
 
-def count_flops(command, words):
+def count_flops(*words):
     """FLOPs of all products in a command of a trainer"""
-    module = command.split()[-1].removesuffix(".py")
-    sys.argv = [module, *map(str, words)]
+    sys.argv = [str(word) for word in words if word != "-m"]
     with counted_flops() as counter:
-        importlib.import_module(module).main()
+        importlib.import_module(sys.argv[0].removesuffix(".py")).main()
     return counter.get_total_flops()
 
 
 def training_costs(args, row):
-    """FLOPs of all stages, from the second step of each, and the median seconds of 12 steps of the last on one core"""
+    """FLOPs of all stages, from the second step of each, and the median seconds of 12 steps of the last"""
     folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
     with TemporaryDirectory() as new:
         for number in range(len(ROWS[row][3])):
-            command, words = stage_words(args, row, number, 1, args.seeds[0], folder)
-            short = [[*words, "--out", f"{new}/{number}-{steps}", "--steps", steps, "--warmup", 1]
-                     for steps in (1, 2, 12)]
-            one, two = run_tasks(args, [(count_flops, command, few_steps) for few_steps in short[:2]])
+            words = [*stage_words(args, row, number, 1, args.seeds[0], folder), "--warmup", 1]
+            one, two = run_tasks(args, [(count_flops, *words, "--steps", steps, "--out", f"{new}/{number}-{steps}")
+                                        for steps in (1, 2)])
             flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
-        run_script(*command.split(), *short[2])
-        seconds = [line["seconds"] for line in read_log(Path(f"{new}/{number}-12/log.jsonl"))]
+        train(Path(new) / "12", *words, "--steps", 12)
+        seconds = [line["seconds"] for line in read_log(Path(new) / "12/log.jsonl")]
     return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(seconds)}
 
 
@@ -166,24 +160,20 @@ def answering_times(models, args, turns=9):
 
 def run_all(args):
     """Everything that is not finished, args.jobs tasks at a time"""
-    if not (args.out / "judge").exists():
-        draft = args.out / "judge.draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        write_evaluation(draft, args.judge, seed=1)
-        draft.rename(args.out / "judge")
+    fill(args.out / "judge", write_evaluation, args.judge, 1)
     systems = list(dict.fromkeys(ROWS[row][1] for row in args.rows))
     run_tasks(args, [(try_rate, args, system, factor) for factor in FACTORS for system in systems
                      if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()])
     run_tasks(args, [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
                      if not (args.out / f"{row}-{seed}/result.json").exists()])
     path = args.out / "costs.json"
-    if path.exists() and set(args.rows) <= read_json(path).keys():
+    known = read_json(path) if path.exists() else {}
+    if set(args.rows) <= known.keys():
         return
     costs = {row: training_costs(args, row) for row in args.rows}
     models = {row: open_trained(row, args.out / f"{row}-{args.seeds[0]}") for row in args.rows}
     times = answering_times(models, args)
-    write_json(path, {row: costs[row] | times[row] | {
+    write_json(path, known | {row: costs[row] | times[row] | {
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
 
 
@@ -210,16 +200,14 @@ def plot(args):
     """Right answers by kind, and the loss of answers while the chats are learned, in the same colours -> compare.png"""
     figure = new_figure(13, 4.5)
     bars, curves = figure.subplots(1, 2)
-    shown = [row for row in args.rows if finished(args, row)]
+    shown, losses = [row for row in args.rows if finished(args, row)], {}
     for n, row in enumerate(shown):
         results = finished(args, row)
         means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
-    bars.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel="right answers, held-out scenes")
-    losses = {}
-    for row in shown:
         last = args.out / f"{row}-{args.seeds[0]}" / str(len(ROWS[row][3]) - 1)
         losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
+    bars.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel="right answers, held-out scenes")
     plot_curves(curves, losses, "step of the last stage", "loss of answers (nats per token)", window=10)
     curves.set(yscale="log")
     figure.savefig(args.out / "compare.png")
@@ -229,9 +217,7 @@ def main():
     parser = options(__doc__, "compare", ROWS)
     parser.add_argument("--steps", type=POSITIVE, default=400, help="of captions, and as many of chats")
     parser.add_argument("--judge", type=POSITIVE, default=400, help="questions that choose the learning rates")
-    args = parser.parse_args()
-    args.rows = args.rows or list(ROWS)
-    run_table(args, run_all, write_table, plot)
+    run_table(parser.parse_args(), run_all, write_table, plot)
 
 
 if __name__ == "__main__":

@@ -145,13 +145,6 @@ def text_rows(source, shares, random, count, text):
     return rows, masks
 
 
-def text_batch(source, shares, random, count, text, config):
-    """The same as Streams"""
-    rows, masks = text_rows(source, shares, random, count, text)
-    return Streams.from_ids([torch.tensor(ids)[:, None].expand(-1, config.vision_codebook_num) for ids in rows],
-                            config, loss_mask=[torch.tensor(mask, dtype=torch.bool) for mask in masks])
-
-
 def init_llama(model, text):
     """An initialization from which small models learn to look things up. Matrices have the scale of their width. K
     equals Q and O equals V transposed: a token attends to tokens like it and copies them. The output embedding equals
@@ -169,7 +162,7 @@ def init_llama(model, text):
     model.lm_head.weight.data.copy_(embedding)
 
 
-def train_llama(folder, steps, seed, batch=16, lr=3e-3, early=0.3):
+def train_llama(folder, steps, seed):
     """A LLaMA that has read text maps of scenes and can look things up in them. For the first 30 % of the steps scenes
     have two objects and questions ask for what is found by its shape; without that it never learns to."""
     train_sentencepiece(folder, seed)
@@ -184,10 +177,12 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3, early=0.3):
     two_objects, any_number = world.scenes(random, "train", 2), world.scenes(random, "train")
 
     def loss(step):
-        phase = (two_objects, world.EARLY_SHARES) if step < early * steps else (any_number, world.SHARES)
-        return model.loss(text_batch(*phase, random, batch, text, config))
+        phase = (two_objects, world.EARLY_SHARES) if step < 0.3 * steps else (any_number, world.SHARES)
+        rows, masks = text_rows(*phase, random, 16, text)
+        ids = [torch.tensor(row)[:, None].expand(-1, config.vision_codebook_num) for row in rows]
+        return model.loss(Streams.from_ids(ids, config, loss_mask=[torch.tensor(mask).bool() for mask in masks]))
     weights = {name: p for name, p in model.named_parameters() if not name.startswith(("vision", "model.vision"))}
-    optimize("LLaMA", list(weights.values()), model.model.layers, loss, steps, lr)
+    optimize("LLaMA", list(weights.values()), model.model.layers, loss, steps, 3e-3)
     save_tensors(folder / "model.safetensors", weights)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
@@ -195,7 +190,7 @@ def train_llama(folder, steps, seed, batch=16, lr=3e-3, early=0.3):
                                         **{key: getattr(config, key) for key in keys}})
 
 
-def train_clip(folder, steps, seed, batch=32, lr=2e-3):
+def train_clip(folder, steps, seed):
     """A CLIP vision tower that has learned size, colour and shape of what each patch shows. It is not trained
     contrastively: at this size it would not learn shapes."""
     sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -210,13 +205,13 @@ def train_clip(folder, steps, seed, batch=32, lr=2e-3):
 
     def loss(_):
         pictures, labels = [], []
-        for scene in (next(source) for _ in range(batch)):
+        for scene in (next(source) for _ in range(32)):
             pictures.append(prepare(Image.fromarray(world.render(scene, random)), world.SIDE))
             labels += [labels_of[word] for word in world.map_words(scene)]
         features = clip.post_layernorm(clip.hidden_states(torch.stack(pictures))[-1][:, 1:])
         logits = head(features).flatten(0, 1).split([len(names) for names in attributes], dim=-1)
         return sum(torch.nn.functional.cross_entropy(x, y) for x, y in zip(logits, torch.tensor(labels).T))
-    optimize("CLIP", [*clip.parameters(), *head.parameters()], clip.encoder, loss, steps, lr)
+    optimize("CLIP", [*clip.parameters(), *head.parameters()], clip.encoder, loss, steps, 2e-3)
     save_tensors(folder / "model.safetensors", {"vision_model." + k: v for k, v in clip.state_dict().items()})
     write_json(folder / "config.json", {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
                                         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **sizes})
@@ -238,7 +233,7 @@ def optimize(name, parameters, layers, loss, steps, lr):
         value.backward()
         torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
         schedule = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        adamw.param_groups[0]["lr"] = min(lr, 3e-3) * schedule
+        adamw.param_groups[0]["lr"] = lr * schedule
         adamw.step()
         for group, momentum in zip(groups, momenta):
             muon(group, momentum, lr * schedule)
@@ -265,6 +260,18 @@ def muon(matrices, momentum, lr):
         p.sub_(update, alpha=0.2 * max(p.shape) ** 0.5 * lr)
 
 
+def fill(folder, write, *words):
+    """write(folder, *words) makes a folder, unless it is there; an interruption leaves only a draft"""
+    if folder.exists():
+        return print(f"{folder} exists", flush=True)
+    draft, start = folder.with_name(f"{folder.name}.draft"), time.time()
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write(draft, *words)
+    draft.rename(folder)
+    print(f"{folder} made in {time.time() - start:.0f} s", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, default=TOY, help="folder of the world")
@@ -275,18 +282,10 @@ def main():
     parser.add_argument("--llama-steps", type=POSITIVE, default=1_900, help="updates of the LLaMA")
     parser.add_argument("--clip-steps", type=POSITIVE, default=600, help="updates of the CLIP")
     args = parser.parse_args()
-    for name, make, size in (("captions", write_captions, args.captions), ("chats", write_chats, args.chats),
+    for name, write, size in (("captions", write_captions, args.captions), ("chats", write_chats, args.chats),
                              ("eval", write_evaluation, args.questions), ("clip", train_clip, args.clip_steps),
                              ("llama", train_llama, args.llama_steps)):
-        if (args.out / name).exists():
-            print(f"{args.out / name} exists", flush=True)
-            continue
-        draft, start = args.out / f"{name}.draft", time.time()       # an interrupted run leaves only a draft
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        make(draft, size, args.seed)
-        draft.rename(args.out / name)
-        print(f"{args.out / name} made in {time.time() - start:.0f} s", flush=True)
+        fill(args.out / name, write, size, args.seed)
 
 
 if __name__ == "__main__":

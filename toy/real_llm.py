@@ -7,7 +7,6 @@ Every row is pretrained with the LLM frozen, then tuned twice: with the LLM stil
 paper. What remains of the language model? Its own answers to 50 questions, token for token, and its perplexity on a
 book. runs/toy/real-llm/ gets a folder per row and seed with pretrain/, frozen/, tuned/; table.md, real-llm.png.
 """
-import shlex
 import tarfile
 
 import torch
@@ -19,7 +18,7 @@ from evaluate import evaluate
 from generate import answer, draw
 from model import Libra
 from streams import Streams
-from toy.ablate import finished, mean_cell, options, run_script, run_table, run_tasks
+from toy.ablate import finished, mean_cell, options, run_table, run_tasks, train
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
 from toy.world import DESCRIBE, KINDS
@@ -49,10 +48,7 @@ def train_stage(args, row, seed, stage):
     if stage == "pretrain":
         words = ["pretrain.py", "--llm", args.llm, "--image-tokenizer", toy / "tokenizer", "--data",
                  f"{toy}/captions/*.tar", *ROWS[row][1]]
-    if not (folder / stage / "model.safetensors").exists():
-        run_script(*words, "--template", "llm", "--seed", seed, "--out", folder / stage, "--resume",
-                   *getattr(args, stage))
-    return folder / stage
+    return train(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
 
 
 def run_stage(args, row, seed, stage):
@@ -80,14 +76,11 @@ def run_stage(args, row, seed, stage):
 def text_scores(model, packages):
     """What the model is without pictures: its greedy answers to TEXT_QUESTIONS, 32 tokens each, and its perplexity"""
     answers = [words for question in TEXT_QUESTIONS for words, *_ in answer(model, [(question, [])], 32)]
-    return {"answers": answers, "perplexity": perplexity(model, read_book(packages))}
-
-
-def read_book(packages):
     package, name = BOOK
     with tarfile.open(fetch(package, packages)) as archive:
         member = next(member for member in archive if member.name.endswith(name))
-        return archive.extractfile(member).read().decode("utf-8", "replace")
+        book = archive.extractfile(member).read().decode("utf-8", "replace")
+    return {"answers": answers, "perplexity": perplexity(model, book)}
 
 
 @torch.no_grad()
@@ -145,15 +138,11 @@ def plot(args):
 
 
 def main():
-    parser = options(__doc__, "real-llm", ROWS)
+    parser = options(__doc__, "real-llm", ROWS, pretrain="pretrain.py", frozen="sft.py --freeze-llm", tuned="sft.py")
     parser.set_defaults(seeds=[0], limit=300)
     parser.add_argument("--llm", default=TOY / "smollm2", metavar="DIR", help="Hugging Face folder of the LLM")
     parser.add_argument("--packages", default=TOY / "packages", metavar="DIR", help=f"for the file of {BOOK[0]}")
-    for stage, script in (("pretrain", "pretrain.py"), ("frozen", "sft.py --freeze-llm"), ("tuned", "sft.py")):
-        parser.add_argument(f"--{stage}", type=shlex.split, default="", metavar="WORDS", help=f"options of {script}")
-    args = parser.parse_args()
-    args.rows = args.rows or list(ROWS)
-    run_table(args, run_all, write_table, plot)
+    run_table(parser.parse_args(), run_all, write_table, plot)
 
 
 if __name__ == "__main__":

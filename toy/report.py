@@ -103,8 +103,8 @@ def bars(numbers):
     asked, drawing, pictures = numbers["questions"], numbers["drawing"], numbers["reconstruction"]
     score, parts, captions = asked["held_out"]["score"], asked["held_out"]["parts"], numbers["captions"]
     table = [
-        ("questions, 1 object", parts["1"], 0.95), ("questions, 2 objects", parts["2"], 0.95),
-        ("questions, 3 objects", parts["3"], 0.85),
+        *((f"questions, {n} object{'s' * (n > '1')}", parts[n], bar)
+          for n, bar in (("1", 0.95), ("2", 0.95), ("3", 0.85)) if n in parts),
         *((f"questions: {kind}", parts[kind], 0.75 if kind in ("where", "what", "relation") else 0.85)
           for kind in world.KINDS if kind in parts),
         ("existence, F1", asked["existence"]["f1"], 0.9),
@@ -150,8 +150,8 @@ def plot_report(path, title, tuned, toy, models, answers, captions, drawn, given
     parts = figure.subfigures(4, 1, height_ratios=(4.5, 2.2, 3.2, 3.2))
     titles = ("Held-out pictures and their reconstructions, an answer, a description", "Drawn from words",
               "Completed from the upper three of seven rows of tokens", "Training")
-    for part, title in zip(parts, titles):
-        part.suptitle(title, fontsize="large", x=0.01, ha="left")
+    for part, heading in zip(parts, titles):
+        part.suptitle(heading, fontsize="large", x=0.01, ha="left")
     plot_answers(parts[0], tuned, toy / "eval", answers, seed)
     show_pictures(parts[1], [drawn[:8]], titles=[textwrap.fill(caption, 20) for caption in captions[:8]])
     show_pictures(parts[2], [given[:8], completed[:8]], ["given", "completed"])
@@ -168,12 +168,14 @@ def plot_report(path, title, tuned, toy, models, answers, captions, drawn, given
 
 
 def read_log(path):
-    """The lines of a log.jsonl; where a run was killed or the disk was full, one may be broken: it is left out"""
-    lines = []
+    """The entries of a log.jsonl, the last of a step that was made again. Where a run was killed or the disk was full,
+    a line may be broken: it is left out"""
+    entries = {}
     for line in read_text(path).splitlines():
         with suppress(ValueError):
-            lines += [entry for entry in [parse_json(line)] if isinstance(entry, dict)]
-    return lines
+            if isinstance(entry := parse_json(line), dict):
+                entries[entry.get("step", len(entries))] = entry
+    return list(entries.values())
 
 
 def held_out_losses(models):

