@@ -20,8 +20,8 @@ TOY ?= runs/toy
 ifneq ($(filter-out 0,$(QUICK)),)
 TOY = runs/quick
 WORLD = --captions 64 --chats 64 --questions 46 --llama-steps 5 --clip-steps 5
-SHORT = --steps 5 --warmup 1 --disc-start 3
-BRIEF = --steps 5 --warmup 1
+QUICK_TOKENIZER = --steps 5 --warmup 1 --disc-start 3
+QUICK_STAGE = --steps 5 --warmup 1
 LIMIT = --limit 8
 endif
 
@@ -49,11 +49,11 @@ demo: $(VENV)/run
 	@mkdir -p $(TOY) && date +%s > $(TOY)/.began
 	$(RUN) -m toy.make --out $(TOY) $(WORLD)
 	test -f $(TOY)/tokenizer/model.safetensors || $(RUN) train_tokenizer.py --clip $(TOY)/clip \
-		--data '$(TOY)/captions/*.tar' --out $(TOY)/tokenizer --resume $(TOKENIZER) $(SHORT)
+		--data '$(TOY)/captions/*.tar' --out $(TOY)/tokenizer --resume $(TOKENIZER) $(QUICK_TOKENIZER)
 	test -f $(TOY)/pretrain/model.safetensors || $(RUN) pretrain.py --llm $(TOY)/llama \
-		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume $(PRETRAIN) $(BRIEF)
+		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume $(PRETRAIN) $(QUICK_STAGE)
 	test -f $(TOY)/sft/model.safetensors || $(RUN) sft.py --model $(TOY)/pretrain --data $(TOY)/chats/chat.json \
-		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(BRIEF)
+		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(QUICK_STAGE)
 	$(RUN) -m toy.other_renderer --out $(TOY)/foreign
 	test $(TOY)/report.json -nt $(TOY)/sft/model.safetensors || \
 		$(RUN) -m toy.report --toy $(TOY) --began $$(cat $(TOY)/.began) $(LIMIT)
@@ -69,23 +69,23 @@ demo-seeds: demo
 	set -e; for seed in 1 2; do \
 		to=$(TOY)/seed$$seed; \
 		test -f $$to/pretrain/model.safetensors || $(RUN) pretrain.py --llm $(TOY)/llama --image-tokenizer $(TOY)/tokenizer \
-			--data '$(TOY)/captions/*.tar' --out $$to/pretrain --resume --seed $$seed $(PRETRAIN) $(BRIEF); \
+			--data '$(TOY)/captions/*.tar' --out $$to/pretrain --resume --seed $$seed $(PRETRAIN) $(QUICK_STAGE); \
 		test -f $$to/sft/model.safetensors || $(RUN) sft.py --model $$to/pretrain --data $(TOY)/chats/chat.json \
-			--images $(TOY)/chats/images --out $$to/sft --resume --seed $$seed $(SFT) $(BRIEF); \
+			--images $(TOY)/chats/images --out $$to/sft --resume --seed $$seed $(SFT) $(QUICK_STAGE); \
 		$(RUN) -m toy.report --toy $(TOY) --models $$to --seed $$seed $(LIMIT); \
 	done
 	$(RUN) -m toy.report --mean $(TOY) $(TOY)/seed1 $(TOY)/seed2
 
 # Table 3 at 400 and 500 of the demo's 1,100 and 1,000 steps, three seeds of eight rows: over two hours on two cores
 ablate: demo
-	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(SHORT)" \
-		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(BRIEF)" --sft "$(SFT) --steps 500 $(BRIEF)"
+	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(QUICK_TOKENIZER)" \
+		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(QUICK_STAGE)" --sft "$(SFT) --steps 500 $(QUICK_STAGE)"
 
 # The demo's CLIP, image tokenizer and pictures around a language model that people use; gguf is in the test environment
 demo-llm: demo $(VENV)/test
 	test -f $(TOY)/smollm2/config.json || $(RUN) -m toy.smollm2 --out $(TOY)/smollm2 --packages $(TOY)/packages
 	$(RUN) -m toy.real_llm --toy $(TOY) --out $(TOY)/real-llm --llm $(TOY)/smollm2 --packages $(TOY)/packages \
-		--pretrain "$(LLM_PRETRAIN) $(BRIEF)" --frozen "$(LLM_FROZEN) $(BRIEF)" --tuned "$(LLM_TUNED) $(BRIEF)" $(LIMIT)
+		--pretrain "$(LLM_PRETRAIN) $(QUICK_STAGE)" --frozen "$(LLM_FROZEN) $(QUICK_STAGE)" --tuned "$(LLM_TUNED) $(QUICK_STAGE)" $(LIMIT)
 
 # Four systems, and two of them without one of their stages
 compare: demo

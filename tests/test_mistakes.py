@@ -120,8 +120,9 @@ def test_folders_of_another_kind(toy, pretrain, base, tmp_path, monkeypatch, cap
     (tmp_path / "narrow").mkdir()
     config = json.loads((toy / "llama/config.json").read_text())
     (tmp_path / "narrow/config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    words = ["--stage", 1, "--plan", "--llm", tmp_path / "narrow", "--clip", toy / "clip"]
     assert "heads of 16, where HaploVL's share hidden_size evenly" in message_of(
-        haplovl.main, ["--stage", 1, "--plan", "--llm", tmp_path / "narrow", "--clip", toy / "clip"], monkeypatch, capsys)
+        haplovl.main, words, monkeypatch, capsys)
     words = ["--task", "exact", "--data", toy / "eval/held_out_questions.json", "--images", toy / "eval/images"]
     assert "the answers would be lost" in message_of(evaluate.main, words, monkeypatch, capsys)
     with pytest.raises(UserError, match="is a folder or a device, expected a file"):

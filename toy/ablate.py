@@ -97,7 +97,7 @@ def run_row(args, row, seed):
     result = {
         "questions": score("exact", [questions, annotations], toy / "eval/images")["score"],
         "captions": score("statements", [captions], toy / "eval", prompt=DESCRIBE)["score"],
-        "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": perplexity(tuned),
+        "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": map_perplexity(tuned),
         "minutes": sum(step["seconds"] for step in steps) / 60,
         "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
     maps = [attention(tuned, question["question"], [toy / f"eval/images/{question['image_id']:012d}.png"])
@@ -124,7 +124,7 @@ def image_loss(model, captions):
 
 
 @torch.no_grad()
-def perplexity(model):
+def map_perplexity(model):
     """Of answers and captions about held-out text maps, the kind of text that the stand-in LLaMA was trained on"""
     draws, text = np.random.default_rng(11), model.tokenizers.text
     rows, masks = text_rows(scenes(draws, "held out"), SHARES, draws, 200, text)
@@ -160,7 +160,7 @@ def write_table(args):
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " | paper: VQAv2, GQA, VizWiz, MME, POPE, SEED |",
              "|" + "---|" * (len(COLUMNS) + 3)]
     for row, (title, _, paper) in ROWS.items():
-        results = finished(args, row)
+        results = results_of(args, row)
         cells = [mean_cell(results, column, digits) for column, digits in COLUMNS.items()]
         lines.append(f"| {title} | {len(results)} | {' | '.join(cells)} | {paper} |")
     for path in sorted(args.out.glob("reconstruction-*.json")):
@@ -192,8 +192,8 @@ def plot(args):
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.3 * len(pictures), 3.6))
     show_pictures(upper, list(pictures.values()), list(pictures), titles)
     for i, (axes, name) in enumerate(zip(lower.subplots(1, 2), ("cross-layer", "inner-layer"))):
-        curves = {ROWS[row][0]: np.mean([result["differences"][i] for result in finished(args, row)], axis=0)
-                  for row in ("libra", "d") if finished(args, row)}
+        curves = {ROWS[row][0]: np.mean([result["differences"][i] for result in results_of(args, row)], axis=0)
+                  for row in ("libra", "d") if results_of(args, row)}
         plot_curves(axes, curves, "layer", f"{name} attention difference")
     figure.savefig(args.out / "ablation.png")
 
@@ -214,7 +214,7 @@ def options(doc, name, rows, **scripts):
     return parser
 
 
-def finished(args, row, name="result"):
+def results_of(args, row, name="result"):
     """What is written about a row, for each seed"""
     paths = [args.out / f"{row}-{seed}/{name}.json" for seed in args.seeds]
     return [read_json(path) for path in paths if path.exists()]

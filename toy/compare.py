@@ -29,7 +29,7 @@ from llama import Llama
 from monolithic import open_model
 from monolithic.stages import counted_flops
 from text import open_text
-from toy.ablate import finished, mean_cell, options, perplexity, run_table, run_tasks, train
+from toy.ablate import map_perplexity, mean_cell, options, results_of, run_table, run_tasks, train
 from toy.make import fill, write_evaluation
 from toy.report import read_log, score_answers
 from toy.world import DESCRIBE, KINDS
@@ -115,7 +115,7 @@ def score_row(args, row, seed, factor):
         "questions": asked["score"], "no picture": scores["held_out_zeroed"]["score"],
         "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
         "captions": captions["score"], "existence F1": scores["existence"]["f1"],
-        **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": perplexity(model)})
+        **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": map_perplexity(model)})
 
 
 # ---------------------------------------------------------------- costs
@@ -179,19 +179,19 @@ def run_all(args):
 
 def write_table(args):
     """A line for each score, mean and standard deviation over the seeds, and for each cost -> table.md"""
-    rows, costs = [row for row in args.rows if finished(args, row)], args.out / "costs.json"
+    rows, costs = [row for row in args.rows if results_of(args, row)], args.out / "costs.json"
     costs = read_json(costs) if costs.exists() else {}
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
-    lines += [[name, *(mean_cell(finished(args, row), name, digits) for row in rows)]
+    lines += [[name, *(mean_cell(results_of(args, row), name, digits) for row in rows)]
               for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
     for name, digits in COSTS.items():
         lines.append([name, *(f"{costs[row][name]:,.{digits}f}" if row in costs else "-" for row in rows)])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    text += f"\nText perplexity of the LLaMA itself: {perplexity(base):.3f}\n"
+    text += f"\nText perplexity of the LLaMA itself: {map_perplexity(base):.3f}\n"
     (args.out / "table.md").write_text(text)
     print(text)
 
@@ -200,9 +200,9 @@ def plot(args):
     """Right answers by kind, and the loss of answers while the chats are learned, in the same colours -> compare.png"""
     figure = new_figure(13, 4.5)
     bars, curves = figure.subplots(1, 2)
-    shown, losses = [row for row in args.rows if finished(args, row)], {}
+    shown, losses = [row for row in args.rows if results_of(args, row)], {}
     for n, row in enumerate(shown):
-        results = finished(args, row)
+        results = results_of(args, row)
         means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
         last = args.out / f"{row}-{args.seeds[0]}" / str(len(ROWS[row][3]) - 1)

