@@ -275,13 +275,13 @@ def test_answers_are_kept_for_the_same_question_and_picture(tmp_path):
         for n in reversed(range(len(missing))):           # they may end in any order
             asked.append(missing[n])
             yield n, f"answer {len(asked)}", True
-    first = evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)
+    first = evaluate.answer_all(answers, items, evaluate.ONE_PROCESS, path, settings)
     assert first == [(f"answer {n}", True) for n in (4, 3, 2, 1)]
-    assert evaluate.answer_all(answers, items, evaluate.ALONE, path, settings) == first and len(asked) == 4
+    assert evaluate.answer_all(answers, items, evaluate.ONE_PROCESS, path, settings) == first and len(asked) == 4
     items[1]["question"] = "edited"
-    assert evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)[1] == ("answer 5", True)
+    assert evaluate.answer_all(answers, items, evaluate.ONE_PROCESS, path, settings)[1] == ("answer 5", True)
     save(images / "n77.jpg", "another picture")
-    evaluate.answer_all(answers, items, evaluate.ALONE, path, settings)
+    evaluate.answer_all(answers, items, evaluate.ONE_PROCESS, path, settings)
     assert len(asked) == 4 + 1 + 4
 
 
@@ -296,7 +296,7 @@ def test_full_disks_are_named(tmp_path, monkeypatch):
     for path, job in (
             ("/dev/full", lambda: write("seed", "/dev/full", items, ["yes"] * len(items))),
             ("/dev/full", lambda: write("mmbench", "/dev/full", items, ["yes"] * len(items))),
-            (kept, lambda: evaluate.answer_all(iter, [], evaluate.ALONE, tmp_path / "k", {"task": ""}))):
+            (kept, lambda: evaluate.answer_all(iter, [], evaluate.ONE_PROCESS, tmp_path / "k", {"task": ""}))):
         with pytest.raises(OSError) as full:
             job()
         assert explain(full.value) == (f"error: {path}: No space left on device", 2)
