@@ -1,5 +1,9 @@
 """The table of four systems, one row for seconds: search, scores, costs, table, figure; then what was made is kept."""
+import os
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,32 @@ def test_tasks():
     assert ablate.run_tasks(args, [(abs, -1), (divmod, 7, 2)]) == [1, (3, 1)]
     with pytest.raises(ZeroDivisionError):
         ablate.run_tasks(args, [(divmod, 1, 0)])
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_tasks(tmp_path):
+    """Those that wait do not begin."""
+    code = f"""
+import os, time
+from types import SimpleNamespace
+from toy.ablate import run_tasks
+if __name__ == "__main__":
+    late = os.mkdir, "{tmp_path}/late"
+    run_tasks(SimpleNamespace(jobs=1), [(os.mkdir, "{tmp_path}/begun"), (time.sleep, 600), late, late])
+"""
+    (tmp_path / "tasks.py").write_text(code)
+    process = subprocess.Popen([sys.executable, tmp_path / "tasks.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               start_new_session=True, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 130 and not (tmp_path / "late").exists()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -58,10 +58,11 @@ def run_tasks(args, tasks):
         futures = [pool.submit(*task) for task in tasks]
         try:
             return [future.result() for future in futures]
-        except KeyboardInterrupt:                         # else the pool would begin the tasks that wait
+        except KeyboardInterrupt:                         # the pool itself would go on with the tasks that wait
             for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+                process.kill()
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(130)
 
 
 def train(folder, *words):
