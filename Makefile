@@ -51,7 +51,8 @@ demo: $(VENV)/run
 	test -f $(TOY)/tokenizer/model.safetensors || $(RUN) train_tokenizer.py --clip $(TOY)/clip \
 		--data '$(TOY)/captions/*.tar' --out $(TOY)/tokenizer --resume $(TOKENIZER) $(QUICK_TOKENIZER)
 	test -f $(TOY)/pretrain/model.safetensors || $(RUN) pretrain.py --llm $(TOY)/llama \
-		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume $(PRETRAIN) $(QUICK_STAGE)
+		--image-tokenizer $(TOY)/tokenizer --data '$(TOY)/captions/*.tar' --out $(TOY)/pretrain --resume \
+		$(PRETRAIN) $(QUICK_STAGE)
 	test -f $(TOY)/sft/model.safetensors || $(RUN) sft.py --model $(TOY)/pretrain --data $(TOY)/chats/chat.json \
 		--images $(TOY)/chats/images --out $(TOY)/sft --resume $(SFT) $(QUICK_STAGE)
 	$(RUN) -m toy.other_renderer --out $(TOY)/foreign
@@ -79,13 +80,15 @@ demo-seeds: demo
 # Table 3 at 400 and 500 of the demo's 1,100 and 1,000 steps, three seeds of eight rows: over two hours on two cores
 ablate: demo
 	$(RUN) -m toy.ablate --toy $(TOY) --out $(TOY)/ablation --tokenizer "$(TOKENIZER) $(QUICK_TOKENIZER)" \
-		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(QUICK_STAGE)" --sft "$(SFT) --steps 500 $(QUICK_STAGE)"
+		--pretrain "$(PRETRAIN) --steps 400 --text-to-image 0.35 $(QUICK_STAGE)" \
+		--sft "$(SFT) --steps 500 $(QUICK_STAGE)"
 
 # The demo's CLIP, image tokenizer and pictures around a language model that people use; gguf is in the test environment
 demo-llm: demo $(VENV)/test
 	test -f $(TOY)/smollm2/config.json || $(RUN) -m toy.smollm2 --out $(TOY)/smollm2 --packages $(TOY)/packages
 	$(RUN) -m toy.real_llm --toy $(TOY) --out $(TOY)/real-llm --llm $(TOY)/smollm2 --packages $(TOY)/packages \
-		--pretrain "$(LLM_PRETRAIN) $(QUICK_STAGE)" --frozen "$(LLM_FROZEN) $(QUICK_STAGE)" --tuned "$(LLM_TUNED) $(QUICK_STAGE)" $(LIMIT)
+		--pretrain "$(LLM_PRETRAIN) $(QUICK_STAGE)" --frozen "$(LLM_FROZEN) $(QUICK_STAGE)" \
+		--tuned "$(LLM_TUNED) $(QUICK_STAGE)" $(LIMIT)
 
 # Four systems, and two of them without one of their stages
 compare: demo

@@ -310,7 +310,7 @@ def start_worker(_):
         signal.signal(number, signal.SIG_IGN)
     signal_at_parents_death(signal.SIGKILL)
     forked = multiprocessing.get_start_method() == "fork"
-    if forked and os.getppid() != multiprocessing.parent_process().pid:       # it died before that call
+    if forked and os.getppid() != multiprocessing.parent_process().pid:       # the trainer died before that call
         os._exit(1)
     Queue._on_queue_feeder_error = hand_over_error
 

@@ -180,7 +180,7 @@ def answer_all(answer_items, items, dist, path, settings):
     asked = [what_is_asked(item) for item in items]
     answers = read_kept(path, settings) if path else {}
     missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
-    engine.all_ranks(True, dist)                          # all have read the kept answers before one writes
+    engine.barrier(dist)                                  # all have read the kept answers before one writes
     own_file = f"{path}.{dist.rank}.jsonl" if path else os.devnull
     with name_in_errors(own_file), open(own_file, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete

@@ -47,7 +47,7 @@ class LlamaConfig:
         check_divisible(self.num_attention_heads, self.num_key_value_heads, "heads share key-value heads evenly")
         check_divisible(self.head_dim, 2, "RoPE rotates pairs of dimensions")
 
-    from_file = classmethod(read_config)                  # (config.json, fields that it may lack, **fields to override)
+    from_file = classmethod(read_config)                  # LlamaConfig.from_file("config.json", sizes, **changes)
 
 
 # ---------------------------------------------------------------- norm, positions, products

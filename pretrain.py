@@ -205,7 +205,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping or last)
         checkpoints.poll()
         measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
-        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.number,
+        numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.n_bad,
                     "causes": bad.causes}
         if validate and not stopping and (last or engine.is_due(step, args.val_every)):
             numbers |= validate()

@@ -225,7 +225,7 @@ class Trained(nn.Module):
         """ids (B, G, G, K) -> share of the codes in use and their perplexity, means over the codebooks"""
         counts = [torch.bincount(codes, minlength=self.used.shape[1]) for codes in ids.flatten(0, 2).T]
         self.used.mul_(0.98).add_(torch.stack(counts))
-        p = self.used / self.used.sum(-1, keepdim=True).clamp(min=1e-9)       # without a usable picture yet
+        p = self.used / self.used.sum(-1, keepdim=True).clamp(min=1e-9)       # zero until a picture is usable
         perplexity = torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
         return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
 

@@ -17,7 +17,8 @@ def products_alone(model, call):
     backward pass, with the model's own weights, on buffers that exist already"""
     weights, buffers, products = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
-    def buffer(role, like):                               # results have their own: inputs would fade to subnormals
+    # Results are not written into inputs: products of products would shrink to subnormal numbers, which are slow
+    def buffer(role, like):
         key = role, like.shape, like.stride()
         if key not in buffers:
             buffers[key] = torch.randn_like(like)
@@ -29,8 +30,8 @@ def products_alone(model, call):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             result = op(*args, **kwargs or {})
-            blocks = op == aten.bmm.default and any(map(is_weight, args))         # llama.linear reads one row so
-            if blocks or op in (aten.mm.default, aten.addmm.default, aten.convolution.default):
+            in_blocks = op == aten.bmm.default and any(map(is_weight, args))      # llama.linear, for one row
+            if in_blocks or op in (aten.mm.default, aten.addmm.default, aten.convolution.default):
                 inputs = [buffer("input", x) if isinstance(x, torch.Tensor) and not is_weight(x) else x for x in args]
                 out = {} if op == aten.convolution.default else {"out": buffer("result", result)}
                 products.append(partial(op.overloadpacket, *inputs, **out))

@@ -26,7 +26,7 @@ def score_each(metric, rule, items, answers):
 
 
 def average(results):
-    """The mean of the results of several files (POPE's three), and the sums of what was counted"""
+    """The mean of the results of several files (POPE's three), and the sums of what was counted, without the answers"""
     unscored = [result for result in results if result["score"] is None]
     first = {name: value for name, value in (unscored or results)[0].items() if name != "answers"}
     whole = first | {name: sum(result[name] for result in results)

@@ -65,7 +65,7 @@ def run_tasks(args, tasks):
             os._exit(130)
 
 
-def train(folder, *words):
+def run_trainer(folder, *words):
     """Run a trainer, unless the folder has its model already -> the folder"""
     command = [sys.executable, *map(str, words), "--out", str(folder), "--resume"]
     if not (folder / "model.safetensors").exists() and subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
@@ -76,7 +76,7 @@ def train(folder, *words):
 
 def train_tokenizer(args, name, *options):
     """An image tokenizer by another recipe -> its folder"""
-    return train(args.out / f"tokenizer-{name}", "train_tokenizer.py", "--clip", args.toy / "clip", "--data",
+    return run_trainer(args.out / f"tokenizer-{name}", "train_tokenizer.py", "--clip", args.toy / "clip", "--data",
                  f"{args.toy}/captions/*.tar", *args.tokenizer, *options)
 
 
@@ -86,9 +86,9 @@ def run_row(args, row, seed):
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
     data = args.out / "few/00000.tar" if row == "c" else f"{toy}/captions/*.tar"
     image_tokenizer = args.out / "tokenizer-scratch" if row == "g" else toy / "tokenizer"
-    base = train(folder / "pretrain", "pretrain.py", "--llm", toy / "llama", "--image-tokenizer", image_tokenizer,
+    base = run_trainer(folder / "pretrain", "pretrain.py", "--llm", toy / "llama", "--image-tokenizer", image_tokenizer,
                  "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
-    tuned = train(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
+    tuned = run_trainer(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
                   toy / "chats/images", "--seed", seed, *args.sft)
     steps = read_log(base / "log.jsonl") + read_log(tuned / "log.jsonl")
     base, tuned = (Libra.from_pretrained(path).eval() for path in (base, tuned))

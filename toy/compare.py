@@ -29,7 +29,7 @@ from llama import Llama
 from monolithic import open_model
 from monolithic.stages import counted_flops
 from text import open_text
-from toy.ablate import map_perplexity, mean_cell, options, results_of, run_table, run_tasks, train
+from toy.ablate import map_perplexity, mean_cell, options, results_of, run_table, run_tasks, run_trainer
 from toy.make import fill, write_evaluation
 from toy.report import read_log, score_answers
 from toy.world import DESCRIBE, KINDS
@@ -76,7 +76,7 @@ def stage_words(args, row, number, factor, seed, folder, part=1):
 def train_row(args, row, factor, seed, folder, part=1):
     """All stages of a row with one rate and seed"""
     for number in range(len(ROWS[row][3])):
-        train(folder / str(number), *stage_words(args, row, number, factor, seed, folder, part))
+        run_trainer(folder / str(number), *stage_words(args, row, number, factor, seed, folder, part))
 
 
 def open_trained(row, folder):
@@ -137,7 +137,7 @@ def training_costs(args, row):
             one, two = run_tasks(args, [(count_flops, *words, "--steps", steps, "--out", f"{new}/{number}-{steps}")
                                         for steps in (1, 2)])
             flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
-        train(Path(new) / "12", *words, "--steps", 12)
+        run_trainer(Path(new) / "12", *words, "--steps", 12)
         seconds = [line["seconds"] for line in read_log(Path(new) / "12/log.jsonl")]
     return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(seconds)}
 

@@ -18,7 +18,7 @@ from evaluate import evaluate
 from generate import answer, draw
 from model import Libra
 from streams import Streams
-from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, train
+from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, run_trainer
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
 from toy.world import DESCRIBE, KINDS
@@ -48,7 +48,7 @@ def train_stage(args, row, seed, stage):
     if stage == "pretrain":
         words = ["pretrain.py", "--llm", args.llm, "--image-tokenizer", toy / "tokenizer", "--data",
                  f"{toy}/captions/*.tar", *ROWS[row][1]]
-    return train(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
+    return run_trainer(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
 
 
 def run_stage(args, row, seed, stage):

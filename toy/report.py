@@ -103,7 +103,7 @@ def bars(numbers):
     asked, drawing, pictures = numbers["questions"], numbers["drawing"], numbers["reconstruction"]
     score, parts, captions = asked["held_out"]["score"], asked["held_out"]["parts"], numbers["captions"]
     table = [
-        *((f"questions, {n} object{'s' * (n > '1')}", parts[n], bar)
+        *((f"questions, {n} object{'s' * (n != '1')}", parts[n], bar)
           for n, bar in (("1", 0.95), ("2", 0.95), ("3", 0.85)) if n in parts),
         *((f"questions: {kind}", parts[kind], 0.75 if kind in ("where", "what", "relation") else 0.85)
           for kind in world.KINDS if kind in parts),

@@ -202,6 +202,11 @@ def setup(args):
     return replace(dist, dtype=DTYPES[args.dtype])
 
 
+def barrier(dist):
+    if dist.size > 1:
+        torch.distributed.barrier()
+
+
 def all_ranks(condition, dist):
     """Whether a condition holds on all processes"""
     if dist.size == 1:
@@ -379,11 +384,11 @@ class BadSamples:
 
     def __init__(self, args, dist):
         self.path, self.max_share, self.dist = Path(args.out) / "bad_samples.jsonl", args.max_bad, dist
-        self.seen, self.number, self.causes, self.examples = 0, 0, Counter(), []
+        self.seen, self.n_bad, self.causes, self.examples = 0, 0, Counter(), []
 
     def __call__(self, step, batches, totals):
         """batches: of this process; totals: counts over all processes"""
-        self.seen, self.number = self.seen + totals["samples"] + totals["bad"], self.number + totals["bad"]
+        self.seen, self.n_bad = self.seen + totals["samples"] + totals["bad"], self.n_bad + totals["bad"]
         if not totals["bad"]:
             return
         listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
@@ -392,15 +397,15 @@ class BadSamples:
         if self.dist.first:
             append(self.path, [{"step": step, "cause": cause, "name": name, "file": file}
                                for cause, name, file in listed])
-        if self.number > max(20, self.max_share * self.seen):
+        if self.n_bad > max(20, self.max_share * self.seen):
             self.fail(f", more than --max-bad {self.max_share:g}")
 
     def finish(self, start):
         """Fail if a run that started at step 0 found no usable sample."""
-        if not start and self.max_share < 1 and self.number == self.seen > 0:
+        if not start and self.max_share < 1 and self.n_bad == self.seen > 0:
             self.fail()
 
     def fail(self, limit=""):
         causes = ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common())
-        raise UserError(f"{self.number} of {self.seen} samples cannot be used{limit}: {causes}. {self.path} lists them"
+        raise UserError(f"{self.n_bad} of {self.seen} samples cannot be used{limit}: {causes}. {self.path} lists them"
                         f", the last: {', '.join(self.examples)}. python data.py FILE... checks a whole dataset")

@@ -115,10 +115,11 @@ def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
 
 def show_answering(folder):
     """What answers take of a GPU's memory, by kind of weights. folder: of a Libra; None: the paper's sizes"""
-    (c, clip_config), sizes = read_sizes(folder), [0, 0]  # sizes: of all but the layers' matrices, of these
-    for name, p in one_layer(c, False).named_parameters():
-        sizes[bool(MATRICES.fullmatch(name))] += p.numel() * (c.num_hidden_layers if ".layers." in name else 1)
-    n_others, n_matrices = sizes
+    c, clip_config = read_sizes(folder)
+    numbers = {name: p.numel() * (c.num_hidden_layers if ".layers." in name else 1)
+               for name, p in one_layer(c, False).named_parameters()}
+    n_matrices = sum(number for name, number in numbers.items() if MATRICES.fullmatch(name))
+    n_others = sum(numbers.values()) - n_matrices
     cache = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * c.max_position_embeddings
     fixed = 2 * n_others + 4 * tokenizer_costs(clip_config)[0] + cache
     print(f"GB of a GPU to answer with {c.max_position_embeddings} positions, {fixed / 1e9:.1f} of them for all but "
