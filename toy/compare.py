@@ -5,8 +5,8 @@
 
 Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without stage 1
 its pictures go to the stage after it; without HoVLE's stage 2 they go to the one before, as both read captions. Each
-system tries three learning rates over half of the steps, judged by questions of their own. runs/toy/compare/ gets a
-folder per row and seed, table.md, compare.png.
+system tries three learning rates, judged by questions that are not in the table; the best try is its row of the first
+seed. runs/toy/compare/ gets a folder per row, rate and seed, table.md, compare.png.
 """
 import importlib
 import random
@@ -57,65 +57,68 @@ COLUMNS = {"questions": 3, "no picture": 3, "another picture": 3, "unseen pairs"
 COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill ms": 0, "tokens/s": 0}
 
 
-def stage_words(args, row, number, factor, seed, folder, part=1):
-    """-> the command of a stage of a row, without --out. part: of the steps"""
+def folder_of(args, row, factor, seed):
+    return args.out / f"{row}-x{factor:g}-{seed}"
+
+
+def stage_words(args, row, number, factor, seed):
+    """-> the command of a stage of a row, without --out"""
     place, share, lr = ROWS[row][3][number]
     command, words = STAGES[ROWS[row][1]][place]
     toy, chats, captions = args.toy, [f"{args.toy}/chats/chat.json"], [f"{args.toy}/captions/*.tar"]
-    files, steps, batch = chats, round(args.steps * part), 16
+    files, steps, batch = chats, args.steps, 16
     if share != "chats":                                  # without a stage: one step at rate 0 leaves a new model
-        files, steps, batch = captions, max(1, round(args.steps * share * part)), 32
+        files, steps, batch = captions, max(1, round(args.steps * share)), 32
     if (row, number) == ("haplovl", 0):                   # its text must show all words: their embeddings start new
         files = captions + chats
-    before = ["--model", folder / str(number - 1)] if number else []
+    before = ["--model", folder_of(args, row, factor, seed) / str(number - 1)] if number else []
     return [*command.split(), *words.format(toy=toy).split(), *before, "--data", *files, "--images",
             toy / "chats/images", "--steps", steps, "--batch", batch, "--lr", lr * factor, "--warmup", min(60, steps),
             "--weight-decay", 0, "--seed", seed, "--save-every", 1000]
 
 
-def train_row(args, row, factor, seed, folder, part=1):
-    """All stages of a row with one rate and seed"""
+def train_row(args, row, factor, seed):
+    """All stages of a row -> its model"""
+    folder = folder_of(args, row, factor, seed)
     for number in range(len(ROWS[row][3])):
-        run_trainer(folder / str(number), *stage_words(args, row, number, factor, seed, folder, part))
-
-
-def open_trained(row, folder):
-    """The model of the row's last stage"""
-    last = folder / str(len(ROWS[row][3]) - 1)
+        last = run_trainer(folder / str(number), *stage_words(args, row, number, factor, seed))
     return open_model(last, torch.device("cpu"), "float32")
 
 
 def try_rate(args, row, factor):
-    """A row with the first seed, one rate and half of the steps, judged by questions that are not in the table"""
+    """A row with one rate and the first seed, judged by questions that are not in the table -> rate.json"""
     print(f"{ROWS[row][0]}, rate x {factor:g}", flush=True)
-    folder = args.out / f"rates/{row}-{factor:g}"
-    train_row(args, row, factor, args.seeds[0], folder, part=0.5)
+    model = train_row(args, row, factor, args.seeds[0])
     files = [args.out / f"judge/held_out_{name}.json" for name in ("questions", "annotations")]
-    score = evaluate(open_trained(row, folder), "exact", files, args.out / "judge/images", batch=64)["score"]
-    write_json(folder / "rate.json", {"questions": score})
+    score = evaluate(model, "exact", files, args.out / "judge/images", batch=64)["score"]
+    write_json(folder_of(args, row, factor, args.seeds[0]) / "rate.json", {"questions": score})
 
 
 def best_factor(args, row):
     """Of the row's system, by the questions that try_rate asked"""
-    return max(FACTORS, key=lambda factor: read_json(
-        args.out / f"rates/{ROWS[row][1]}-{factor:g}/rate.json")["questions"])
+    files = {factor: folder_of(args, ROWS[row][1], factor, args.seeds[0]) / "rate.json" for factor in FACTORS}
+    tried = {factor: read_json(path)["questions"] for factor, path in files.items() if path.exists()}
+    return max(tried, key=tried.get, default=FACTORS[0])
 
 
-def score_row(args, row, seed, factor):
-    """Train one row with one seed and score it -> result.json"""
+def score_row(args, row, factor, seed):
+    """Train a row, unless a try of its rates was this, and score it -> result.json"""
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
-    folder, toy = args.out / f"{row}-{seed}", args.toy
-    train_row(args, row, factor, seed, folder)
-    model = open_trained(row, folder)
+    model, toy = train_row(args, row, factor, seed), args.toy
     scores, _ = score_answers(model, toy / "eval", args.limit)
     captions = evaluate(model, "statements", [toy / "eval/held_out_captions.json"], toy / "eval", DESCRIBE, batch=64,
                         limit=args.limit)
     asked = scores["held_out"]
-    write_json(folder / "result.json", {
+    write_json(folder_of(args, row, factor, seed) / "result.json", {
         "questions": asked["score"], "no picture": scores["held_out_zeroed"]["score"],
         "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
         "captions": captions["score"], "existence F1": scores["existence"]["f1"],
         **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": map_perplexity(model)})
+
+
+def scored(args, row):
+    """The results of a row, for each seed"""
+    return results_of(args, f"{row}-x{best_factor(args, row):g}")
 
 
 # ---------------------------------------------------------------- costs
@@ -130,13 +133,13 @@ def count_flops(*words):
 
 def training_costs(args, row):
     """FLOPs of all stages, from the second step of each, and the median seconds of 12 steps of the last"""
-    folder, flops = args.out / f"{row}-{args.seeds[0]}", 0
+    factor, seed, flops = best_factor(args, row), args.seeds[0], 0
     with TemporaryDirectory() as new:
         for number in range(len(ROWS[row][3])):
-            words = [*stage_words(args, row, number, 1, args.seeds[0], folder), "--warmup", 1]
+            words = [*stage_words(args, row, number, factor, seed), "--warmup", 1]
             one, two = run_tasks(args, [(count_flops, *words, "--steps", steps, "--out", f"{new}/{number}-{steps}")
                                         for steps in (1, 2)])
-            flops += (two - one) * len(read_log(folder / str(number) / "log.jsonl"))
+            flops += (two - one) * len(read_log(folder_of(args, row, factor, seed) / f"{number}/log.jsonl"))
         run_trainer(Path(new) / "12", *words, "--steps", 12)
         seconds = [line["seconds"] for line in read_log(Path(new) / "12/log.jsonl")]
     return {"TFLOP of training": flops / 1e12, "seconds a step": statistics.median(seconds)}
@@ -163,15 +166,15 @@ def run_all(args):
     fill(args.out / "judge", write_evaluation, args.judge, 1)
     systems = list(dict.fromkeys(ROWS[row][1] for row in args.rows))
     run_tasks(args, [(try_rate, args, system, factor) for factor in FACTORS for system in systems
-                     if not (args.out / f"rates/{system}-{factor:g}/rate.json").exists()])
-    run_tasks(args, [(score_row, args, row, seed, best_factor(args, row)) for seed in args.seeds for row in args.rows
-                     if not (args.out / f"{row}-{seed}/result.json").exists()])
+                     if not (folder_of(args, system, factor, args.seeds[0]) / "rate.json").exists()])
+    rows = [(row, best_factor(args, row), seed) for seed in args.seeds for row in args.rows]
+    run_tasks(args, [(score_row, args, *row) for row in rows if not (folder_of(args, *row) / "result.json").exists()])
     path = args.out / "costs.json"
     known = read_json(path) if path.exists() else {}
     if set(args.rows) <= known.keys():
         return
     costs = {row: training_costs(args, row) for row in args.rows}
-    models = {row: open_trained(row, args.out / f"{row}-{args.seeds[0]}") for row in args.rows}
+    models = {row: train_row(args, row, best_factor(args, row), args.seeds[0]) for row in args.rows}
     times = answering_times(models, args)
     write_json(path, known | {row: costs[row] | times[row] | {
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
@@ -179,12 +182,12 @@ def run_all(args):
 
 def write_table(args):
     """A line for each score, mean and standard deviation over the seeds, and for each cost -> table.md"""
-    rows, costs = [row for row in args.rows if results_of(args, row)], args.out / "costs.json"
+    rows, costs = [row for row in args.rows if scored(args, row)], args.out / "costs.json"
     costs = read_json(costs) if costs.exists() else {}
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
-    lines += [[name, *(mean_cell(results_of(args, row), name, digits) for row in rows)]
+    lines += [[name, *(mean_cell(scored(args, row), name, digits) for row in rows)]
               for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
@@ -200,12 +203,12 @@ def plot(args):
     """Right answers by kind, and the loss of answers while the chats are learned, in the same colours -> compare.png"""
     figure = new_figure(13, 4.5)
     bars, curves = figure.subplots(1, 2)
-    shown, losses = [row for row in args.rows if results_of(args, row)], {}
+    shown, losses = [row for row in args.rows if scored(args, row)], {}
     for n, row in enumerate(shown):
-        results = results_of(args, row)
+        results = scored(args, row)
         means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
-        last = args.out / f"{row}-{args.seeds[0]}" / str(len(ROWS[row][3]) - 1)
+        last = folder_of(args, row, best_factor(args, row), args.seeds[0]) / str(len(ROWS[row][3]) - 1)
         losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
     bars.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel="right answers, held-out scenes")
     plot_curves(curves, losses, "step of the last stage", "loss of answers (nats per token)", window=10)
