@@ -3,9 +3,9 @@
     make demo-llm                            # on the demo's files, hours on two cores; interrupted, it goes on
     python -m toy.real_llm --show            # only the table and the figure of what is finished
 
-Every row is pretrained with the LLM frozen, then tuned twice: with the LLM still frozen, and all trained as in the
-paper. What remains of the language model? Its own answers to 50 questions, token for token, and its perplexity on a
-book. runs/toy/real-llm/ gets a folder per row and seed with pretrain/, frozen/, tuned/; table.md, real-llm.png.
+Every row is pretrained with the LLM frozen, then tuned, all trained, as in the paper; Libra is also tuned with the LLM
+still frozen. What remains of the language model? Its own answers to 50 questions, token for token, and its perplexity
+on a book. runs/toy/real-llm/ gets a folder per row and seed with the models of its stages; table.md, real-llm.png.
 """
 import tarfile
 
@@ -49,6 +49,13 @@ def train_stage(args, row, seed, stage):
         words = ["pretrain.py", "--llm", args.llm, "--image-tokenizer", toy / "tokenizer", "--data",
                  f"{toy}/captions/*.tar", *ROWS[row][1]]
     return run_trainer(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
+
+
+def run_row(args, row, seed):
+    """The stages of a row one after the other"""
+    for stage in ("pretrain", "tuned", "frozen") if row == "libra" else ("pretrain", "tuned"):
+        if not (args.out / f"{row}-{seed}/{stage}.json").exists():
+            run_stage(args, row, seed, stage)
 
 
 def run_stage(args, row, seed, stage):
@@ -98,13 +105,11 @@ def book_perplexity(model, text, length=512):
 
 
 def run_all(args):
-    """Everything that is not finished, the pretrained models first"""
+    """Everything that is not finished"""
     if not (args.out / "base.json").exists():             # a new visual part does not touch text
         base = Libra.from_pretrained(args.llm, args.toy / "tokenizer", dtype=torch.float32, chat_template="llm").eval()
         write_json(args.out / "base.json", text_scores(base, args.packages))
-    for stages in (["pretrain"], ["frozen", "tuned"]):
-        run_tasks(args, [(run_stage, args, row, seed, stage) for seed in args.seeds for row in args.rows
-                         for stage in stages if not (args.out / f"{row}-{seed}/{stage}.json").exists()])
+    run_tasks(args, [(run_row, args, row, seed) for seed in args.seeds for row in args.rows])
 
 
 def write_table(args):
@@ -114,8 +119,8 @@ def write_table(args):
              ["the LLM itself", *[""] * (len(COLUMNS) - 3), "50", f"{base['perplexity']:.2f}", ""]]
     for row in args.rows:
         for stage, title in STAGES.items():
-            results = results_of(args, row, stage)
-            lines.append([f"{ROWS[row][0]}, {title}", *(mean_cell(results, *column) for column in COLUMNS.items())])
+            if results := results_of(args, row, stage):
+                lines.append([f"{ROWS[row][0]}, {title}", *(mean_cell(results, *column) for column in COLUMNS.items())])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (args.out / "table.md").write_text(text)
     print(text)
