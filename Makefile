@@ -36,7 +36,7 @@ SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0 --val-dat
 LLM_DTYPE ?= bfloat16
 LLM = --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) --save-every 100 --sample-every 0
 LLM_PRETRAIN = $(LLM) --batch 8 --steps 700 --lr 1e-3 --text-to-image 0.35
-LLM_FROZEN = $(LLM) --batch 4 --steps 1500 --lr 5e-4
+LLM_FROZEN = $(LLM) --batch 4 --steps 1300 --lr 5e-4
 LLM_TUNED = $(LLM) --batch 4 --steps 700 --lr 2e-4
 
 # A GPU that happens to be there would take the demo, in bfloat16
