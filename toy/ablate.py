@@ -77,7 +77,7 @@ def run_trainer(folder, *words):
 def train_tokenizer(args, name, *options):
     """An image tokenizer by another recipe -> its folder"""
     return run_trainer(args.out / f"tokenizer-{name}", "train_tokenizer.py", "--clip", args.toy / "clip", "--data",
-                 f"{args.toy}/captions/*.tar", *args.tokenizer, *options)
+                       f"{args.toy}/captions/*.tar", *args.tokenizer, *options)
 
 
 def run_row(args, row, seed):
@@ -87,9 +87,9 @@ def run_row(args, row, seed):
     data = args.out / "few/00000.tar" if row == "c" else f"{toy}/captions/*.tar"
     image_tokenizer = args.out / "tokenizer-scratch" if row == "g" else toy / "tokenizer"
     base = run_trainer(folder / "pretrain", "pretrain.py", "--llm", toy / "llama", "--image-tokenizer", image_tokenizer,
-                 "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
+                       "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
     tuned = run_trainer(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
-                  toy / "chats/images", "--seed", seed, *args.sft)
+                        toy / "chats/images", "--seed", seed, *args.sft)
     steps = read_log(base / "log.jsonl") + read_log(tuned / "log.jsonl")
     base, tuned = (Libra.from_pretrained(path).eval() for path in (base, tuned))
     questions, annotations, captions, pope = (

