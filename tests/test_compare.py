@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,28 +23,33 @@ def test_tasks():
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_tasks(tmp_path):
-    """Those that wait do not begin."""
-    code = f"""
-import os, time
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM),
+                                          (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_ends_all_tasks(tmp_path, number, code):
+    """And their trainers; those that wait do not begin."""
+    trainer = f"import os, time; os.mkdir('{tmp_path}/begun'); time.sleep(600)"
+    (tmp_path / "tasks.py").write_text(f"""
+import os
+from pathlib import Path
 from types import SimpleNamespace
-from toy.ablate import run_tasks
+from toy.ablate import run_tasks, run_trainer
 if __name__ == "__main__":
     late = os.mkdir, "{tmp_path}/late"
-    run_tasks(SimpleNamespace(jobs=1), [(os.mkdir, "{tmp_path}/begun"), (time.sleep, 600), late, late])
-"""
-    (tmp_path / "tasks.py").write_text(code)
+    run_tasks(SimpleNamespace(jobs=1), [(run_trainer, Path("{tmp_path}/run"), "-c", {trainer!r}), late, late])
+""")
     process = subprocess.Popen([sys.executable, tmp_path / "tasks.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               start_new_session=True, stderr=subprocess.DEVNULL,
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         while not (tmp_path / "begun").exists():
             assert process.poll() is None
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(120) == 130 and not (tmp_path / "late").exists()
+        send = os.killpg if number == signal.SIGINT else os.kill               # a terminal sends it to all processes
+        send(process.pid, number)
+        process.communicate(timeout=120)                  # until the last of them has closed the output
+        assert process.returncode == code and not (tmp_path / "late").exists()
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -9,6 +9,7 @@ import argparse
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from common.attention_maps import attention_difference
-from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run
+from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run, signal_at_parents_death
 from common.pictures import open_image
 from common.plots import new_figure, plot_curves, show_pictures
 from common.sources import open_source
@@ -54,13 +55,12 @@ def run_tasks(args, tasks):
     """tasks: (function, its arguments), args.jobs at a time, each in a process of its own -> what they return"""
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))         # of each process
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1, initializer=signal_at_parents_death,
+                             initargs=[signal.SIGKILL]) as pool:
         futures = [pool.submit(*task) for task in tasks]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:                         # the pool itself would go on with the tasks that wait
-            for process in multiprocessing.active_children():
-                process.kill()
             print("interrupted", file=sys.stderr, flush=True)
             os._exit(130)
 
@@ -68,7 +68,10 @@ def run_tasks(args, tasks):
 def run_trainer(folder, *words):
     """Run a trainer, unless the folder has its model already -> the folder"""
     command = [sys.executable, *map(str, words), "--out", str(folder), "--resume"]
-    if not (folder / "model.safetensors").exists() and subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+    if (folder / "model.safetensors").exists():
+        return folder
+    stop = partial(signal_at_parents_death, signal.SIGTERM)                    # a trainer then saves what it has
+    if subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=stop).returncode:
         raise UserError(f"{folder}: its training failed, see the message above. The same command continues once that "
                         "is repaired")
     return folder
