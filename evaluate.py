@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from answering.batching import Rate
+from answering.sampling import check_finite
 from benchmarks import files as benchmarks
 from benchmarks.scores import average
-from common.batching import Rate
 from common.cli import NATURAL, POSITIVE, TOY, Help, add_device_options, bounded, require_path, run, writable_file
 from common.quantize import parts
-from common.sampling import check_finite
 from common.weights import UserError, name_in_errors, parse_json, write_json
 from generate import answer_rows, encode_images
 from model import Libra

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from answering.batching import Rate, prepare_ahead, write_texts
+from answering.page import serve
+from answering.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image
+from answering.terminal import chat
 from common import cli
-from common.attention_maps import attention_difference, plot_attention
-from common.batching import Rate, prepare_ahead, write_texts
 from common.entries import read_prompts, with_answer
-from common.page import serve
 from common.pictures import open_image
-from common.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image
-from common.terminal import chat
+from common.plots import attention_difference, plot_attention
 from common.weights import UserError, name_in_errors, read_json
 from llama import KVCache, linear
 from model import Libra

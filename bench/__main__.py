@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from answering.sampling import capture_cuda_graph
 from bench import workload
 from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
 from bench.more_rows import image_tokenizer, pretraining, quantized, transformers
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
 from common.cli import NATURAL, Help, bounded, check_device, run, writable_file
-from common.sampling import capture_cuda_graph
 from common.weights import UserError
 from generate import generate
 

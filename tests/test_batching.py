@@ -11,8 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
-from common import batching, sampling
-from common.batching import Rate, prepare_ahead
+from answering import batching, sampling
+from answering.batching import Rate, prepare_ahead
 from common.weights import UserError
 from generate import answer, answer_rows, ask, encode_prompts, generate
 from text import IMG

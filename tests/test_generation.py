@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
+from answering.sampling import Sampler, place_in_image
 from common.cli import explain
-from common.sampling import Sampler, place_in_image
 from common.weights import UserError
 from generate import (
     answer,
@@ -151,8 +151,8 @@ def test_recorded_steps_say_the_same(monkeypatch):
         out = f().clone()
         recordings.append(out)
         return lambda: out.copy_(f())
-    monkeypatch.setattr("common.sampling.CAPTURE_AFTER", {"cpu": 2})
-    monkeypatch.setattr("common.sampling.capture_cuda_graph", recorded)
+    monkeypatch.setattr("answering.sampling.CAPTURE_AFTER", {"cpu": 2})
+    monkeypatch.setattr("answering.sampling.capture_cuda_graph", recorded)
     assert torch.equal(stack(generate(model, prompts, signal, 12)), plain) and len(recordings) == 2
     alone = stack(generate(model, prompts[:1], None, 12))
     assert torch.equal(alone[0], plain[0]) and len(recordings) == 3

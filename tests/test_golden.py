@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.attention_maps import attention_difference
+from common.plots import attention_difference
 from generate import generate
 from model import Libra, LibraConfig
 from streams import Streams

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from scripts import checkpoint_tensors, log, run
 from tiny import continued
 
-from common.sampling import Sampler
+from answering.sampling import Sampler
 from common.weights import UserError, shapes_only
 from llama import Llama
 from monolithic import shared

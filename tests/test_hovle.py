@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scripts import checkpoint_tensors, log, run
 from tiny import continued
 
-from common.sampling import Sampler
+from answering.sampling import Sampler
 from common.weights import UserError, shapes_only
 from monolithic import internlm2, shared
 from monolithic.hovle import Distillation, HalfConfig, HoVLE, count_rows, pixel_shuffle, read_config

@@ -18,7 +18,7 @@ from PIL import Image
 from scripts import start
 
 import generate
-from common import page
+from answering import page
 from common.weights import UserError, write_json
 
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}

@@ -6,8 +6,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from common.batching import Rate, write_texts
-from common.sampling import Sampler
+from answering.batching import Rate, write_texts
+from answering.sampling import Sampler
 from common.weights import write_json
 from llama import linear
 from model import Libra, LibraConfig, Tokenizers

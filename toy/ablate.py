@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.attention_maps import attention_difference
 from common.cli import NATURAL, POSITIVE, TOY, Help, require_path, run, signal_at_parents_death
 from common.pictures import open_image
-from common.plots import new_figure, plot_curves, show_pictures
+from common.plots import attention_difference, new_figure, plot_curves, show_pictures
 from common.sources import open_source
 from common.weights import UserError, read_json, write_json
 from data import SampleBuilder, make_loader

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.batching import Rate
+from answering.batching import Rate
 from common.cli import POSITIVE, run
 from common.plots import new_figure, plot_curves
 from common.weights import read_json, write_json

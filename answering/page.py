@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from common.attention_maps import overlay
 from common.cli import explain
+from common.plots import overlay
 from common.weights import UserError, inside, read_json
 
 QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}           # all requests wait for the one model in one queue

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
+from answering.sampling import Step, check_finite
 from common.quantize import parts
-from common.sampling import Step, check_finite
 
 LOOK_EVERY = {"cuda": 8}       # steps at most: to read ids from a GPU is to wait for it
 
