@@ -87,8 +87,9 @@ def main():
         print(f"| {args.task} | {result['metric']} | {result['score']} | {result['answered']} answers |\n{rate}")
         if args.out:
             write_json(args.out, result)
-            for path in [path for number in range(len(results)) for path in kept_files(f"{args.out}.{number}")]:
-                path.unlink()                             # their answers are in the JSON now
+            for number in range(len(results)):
+                for path in kept_files(f"{args.out}.{number}"):
+                    path.unlink()                         # their answers are in the JSON now
 
 
 def check_options(args, file_groups):
@@ -100,7 +101,7 @@ def check_options(args, file_groups):
     for path in outputs:
         if path in inputs or outputs.count(path) > 1:
             raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
-    for paths in [] if args.out or args.submission else file_groups:
+    for paths in file_groups if not outputs else ():
         items = benchmarks.read(args.task, args.images, *paths)[:args.limit or None]
         if any(item["truth"] is None for item in items):
             raise UserError(f"{paths[0]}: no right answers in --data, so nothing is scored here, and without "
@@ -163,14 +164,12 @@ def likeliest_choice(model, item, zeroed=False):
 
 
 def swapped_images(items):
-    """For each item the image of the next item that has a different one"""
-    images, swapped = [item["image"] for item in items], []
-    if len(set(images)) == 1:
+    """For each item the picture that follows its own among all pictures"""
+    images = list(dict.fromkeys(item["image"] for item in items))
+    if len(images) == 1:
         raise UserError("--blind swapped: all questions are about one picture")
-    for n, image in enumerate(images):
-        following = (images[(n + shift) % len(images)] for shift in range(1, len(images)))
-        swapped.append(next(other for other in following if other != image))
-    return swapped
+    following = dict(zip(images, images[1:] + images[:1]))
+    return [following[item["image"]] for item in items]
 
 
 # ---------------------------------------------------------------- answers that outlast an interruption
@@ -180,7 +179,7 @@ def answer_all(answer_items, items, dist, path, settings):
     asked = [what_is_asked(item) for item in items]
     answers = read_kept(path, settings) if path else {}
     missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
-    engine.barrier(dist)                                  # all have read the kept answers before one writes
+    engine.gather_lists([], dist)                         # all have read the kept answers before one writes
     own_file = f"{path}.{dist.rank}.jsonl" if path else os.devnull
     with name_in_errors(own_file), open(own_file, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete

@@ -199,7 +199,7 @@ def answer(model, rows, max_new_tokens=128, raw=False, out=None, **how):
     its answer, the number of tokens, and whether it was cut because the positions end
 
     raw: no chat, the question itself is continued; out: a file for the words of one row as they come; how: history,
-    earlier turns (question, number of pictures, answer), whose pictures come first; zeroed, hide the pictures; ...
+    earlier turns (question, number of pictures, answer), whose pictures come first in a row; zeroed: hide all pictures
     """
     answers = dict(answer_rows(model, rows, len(rows), max_new_tokens, out, raw=raw, **how))
     if out and answers[0][2]:
@@ -218,7 +218,8 @@ def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(),
 
 def ask(model, images, question, max_new_tokens=128, **sampling):
     """images: a file, a PIL image, a list of them, or None -> the answer. sampling: as generate takes it"""
-    images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+    if not isinstance(images, (list, tuple)):
+        images = [] if images is None else [images]
     return answer(model, [(question, images)], max_new_tokens, **sampling)[0][0]
 
 

@@ -7,11 +7,13 @@ Letters: B rows, L positions, D hidden size, H heads (key-value heads may be few
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.config import check_divisible, check_fields, read_config
 from common.quantize import quantized_linear
@@ -133,9 +135,11 @@ def causal_attention(q, k, v, mask=None):
 
 
 class KVCache:
-    """Static buffers for the keys and values of every layer; each row is stored from position 0 on. Use: one forward
-    pass over the prompts, `advance`, then passes of one token, `advance` after each. Or `load_rows`, again and again:
-    the place of a row whose text has ended is taken by one that has read its prompt in another cache."""
+    """Static buffers for the keys and values of every layer; each row is stored from position 0 on.
+
+    Use: a pass over the prompts, `advance`, then for each token a pass and `advance`. Where rows end at different
+    times, further prompts are read in a cache of their own, and `load_rows` copies them over rows that have ended.
+    """
 
     def __init__(self, config, rows, length, like):
         """length: most positions of a row; like: a tensor of the wanted device and dtype"""
@@ -145,10 +149,6 @@ class KVCache:
         self.lengths, self.longest = [0] * rows, 0        # tokens in each row; in the longest
         self.rows, self.slots = (torch.arange(n, device=like.device) for n in (rows, length))
         self.next_position = torch.zeros((), dtype=torch.long, device=like.device)
-
-    def empty(self, rows, length):
-        """-> an empty cache of the same model"""
-        return KVCache(self.config, rows, length, self.keys[0])
 
     def update(self, layer, k, v):
         """Store new keys and values (B, H_kv, L, d). -> all keys, all values, mask for causal_attention"""
@@ -185,7 +185,8 @@ class KVCache:
             self.lengths[row] = length
         self.update_mask()
 
-    def update_mask(self):                                # after a change of the lengths
+    def update_mask(self):
+        """To be called when the lengths have changed"""
         self.longest = max(self.lengths)
         if self.full_buffers:
             self.mask.copy_((self.slots <= self.next_position)[:, None])
@@ -250,6 +251,17 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
+    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers. recompute: the
+    activations in the backward pass"""
+    positions = (0 if cache is None else cache.next_position) + torch.arange(x.shape[1], device=x.device)
+    rope, x = rope_tables(config, positions, x.dtype), to_matmul_dtype(x)
+    for layer, block in enumerate(layers):
+        run = partial(checkpoint, block, use_reentrant=False) if recompute and torch.is_grad_enabled() else block
+        x = run(x, rope, cache, layer, mask)
+    return x
+
+
 class Llama(nn.Module):
     def __init__(self, config, block=Block):
         super().__init__()
@@ -263,13 +275,7 @@ class Llama(nn.Module):
 
     def hidden_states(self, ids, cache=None):
         """ids (B, L), the prompts or, behind a cache, one token a row -> (B, L, D) after the final norm"""
-        start = 0 if cache is None else cache.next_position
-        positions = start + torch.arange(ids.shape[1], device=ids.device)
-        rope = rope_tables(self.config, positions, self.lm_head.weight.dtype)
-        x = self.model.embed_tokens(ids)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, cache, layer)
-        return self.model.norm(x)
+        return self.model.norm(run_layers(self.model.embed_tokens(ids), self.model.layers, self.config, cache))
 
     def forward(self, ids, cache=None):
         """-> logits (B, L, V)"""

@@ -3,9 +3,6 @@
     libra = Libra.from_pretrained("libra-11b-chat", dtype=torch.bfloat16, device="cuda")
     generate.ask(libra, "cat.jpg", "What is unusual?")
 
-Top to bottom: sizes; attention with two views of the keys, plain and fast; the expert and the bridge in a layer;
-the model with its input, heads and loss; loading and saving.
-
 Letters: B rows, L positions, D hidden size, H heads, d head_dim, V text vocabulary, K codebooks of N codes, G side of
 the grid of codes, C width of the contiguous signal E_c; n_text and n_image tokens in the two streams.
 """
@@ -90,8 +87,9 @@ def fast_attention(q, views, streams, mask=None):
     If all rows have their images at the same places, as in pretraining: one causal call that ends with the last image,
     for the image queries, and one call for the text queries alone. Any other batch: two causal calls.
     """
-    if len(streams.query_modalities) == 1 or len(views) == 1:                 # one kind of query, or one view for both
-        return llama.causal_attention(q, *views.get(streams.query_modalities[0], views[min(views)]), mask)
+    queries = streams.query_modalities
+    if len(queries) == 1 or len(views) == 1:              # one kind of query; or no bridge, so one view, that of text
+        return llama.causal_attention(q, *views.get(queries[0], views.get(TEXT)), mask)
     if streams.text_positions is None:
         text, image = (llama.causal_attention(q, *views[modality], mask) for modality in (TEXT, IMAGE))
         return torch.where(streams.is_image[:, None, :, None], image, text)
@@ -149,7 +147,8 @@ class LibraAttention(llama.Attention):
         q_text, q_image = self.q_proj(text), self.vision_q_proj(image)                        # Eq. 1
         k_text, k_image = self.k_proj(text), self.vision_k_proj(image)
         v_text, v_image = self.v_proj(text), self.vision_v_proj(image)
-        parts, views, mask = {}, {}, None                 # parts: text and image, of a view's keys and of its values
+        views, mask = {}, None
+        parts = {}     # {modality: ((text, image) keys, (text, image) values)}, as queries of this modality see them
         wanted = {*streams.query_modalities, *(caches or ())} if self.config.use_bridge else ()
         if not wanted:                                    # without a bridge both modalities have the same view
             parts[TEXT] = (k_text, k_image), (v_text, v_image)
@@ -321,8 +320,7 @@ class Libra(llama.Llama):
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a model folder with config.json in it")
-        tokenizers = Tokenizers(open_text(folder),
-                                ImageTokenizer.from_pretrained(image_tokenizer or folder, device))
+        tokenizers = Tokenizers(open_text(folder), ImageTokenizer.from_pretrained(image_tokenizer or folder, device))
         sizes = vision_sizes(tokenizers.image.config) | {"newline_token_id": tokenizers.text.newline}
         model = load(folder, sizes, dtype, **changes)
         pieces = tokenizers.text.vocab_size               # an embedding may be padded: more rows than pieces

@@ -59,13 +59,13 @@ def main():
     sizes = {"vision_down_ratio": args.vision_down_ratio, "bridge_rank": args.bridge_rank,
              "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
              "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
+    refuse_other_sizes(args.llm, sizes)
     if args.text_to_image:                                # a Libra that can draw stays one
         sizes["text_to_image"] = True
     if args.template:                                     # else a Libra keeps its own
         sizes["chat_template"] = args.template
     if args.plan:
         return plan.show_libra(args, "pretrain", args.llm, args.image_tokenizer, **sizes)
-    refuse_other_sizes(args.llm, sizes)
     args.llm = args.llm or TOY / "llama"
     dist = engine.setup(args)
     if is_llama(Path(require_path(args.llm)) / "config.json"):    # a Libra has its own image tokenizer
@@ -80,10 +80,8 @@ def main():
 def refuse_other_sizes(folder, sizes):
     """--llm may be a Libra, to pretrain it further, but not with other sizes."""
     path = Path(folder or "") / "config.json"
-    found = read_json(path) if folder and path.is_file() and not is_llama(path) else {}
-    other = [f"{name} {found[name]}, now {sizes[name]}" for name in (
-        "vision_down_ratio", "bridge_rank", "use_expert", "use_bridge", "contiguous_targets", "discrete_only")
-        if found.get(name, sizes[name]) != sizes[name]]
+    found = read_json(path) if folder and path.is_file() else {}              # a LLaMA's has none of these
+    other = [f"{name} {found[name]}, now {value}" for name, value in sizes.items() if found.get(name, value) != value]
     if other:
         raise UserError(f"--llm {folder} is a Libra already, made with {'; '.join(other)}: give the same options to "
                         "train it further, or the folder of its LLaMA to start anew")
@@ -127,11 +125,11 @@ def update(args, dist, wrapped, optimizer, loss, step, batches, totals):
         engine.set_grad_sync(wrapped, n == len(batches) - 1)
         with dist.autocast():
             losses = loss(wrapped, batch)
-            n_targets = sum(totals[name] for name in losses)
-            mean = sum(losses.values()) / max(1, n_targets)                                   # Eq. 6
+            mean = sum(losses.values()) / max(1, sum(totals[name] for name in losses))        # Eq. 6
         (mean * dist.size).backward()                     # the engines average gradients over the processes
         sums = sums + torch.stack([value.detach() for value in losses.values()])
-    norm = engine.clip_grad_norm(wrapped.parameters(), args.clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), args.clip_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm       # zero and fsdp shard it
     sums = engine.all_reduce_sum(sums, dist)
     finite = torch.isfinite(norm) and torch.isfinite(sums).all()
     if finite:
@@ -179,7 +177,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
     loader, sampler = make_loader(sources, builder, args.batch, args.micro_batch, args.seed, dist.rank, dist.size,
                                   args.workers, state, dist.device.type == "cuda")
     engine.save_options(args, dist, start)
-    log, stop, bad, loader = engine.Log(args, dist), Stop(dist), engine.BadSamples(args, dist), iter(loader)
+    log, stop, bad, loader = engine.Log(args, dist, start), Stop(dist), engine.BadSamples(args, dist), iter(loader)
     for step in range(start, start if args.export else args.steps):
         began, last, save_seconds = time.perf_counter(), step + 1 == args.steps, 0.0
         torch.manual_seed(hash((args.seed, step, dist.rank)))                  # a resumed run draws the same numbers
@@ -200,17 +198,17 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
             checkpoints.finish()
             raise
         stopping = stop()
-        if stopping or engine.is_due(step, args.save_every) or last and args.save_every:
+        if stopping or args.save_every and (last or (step + 1) % args.save_every == 0):
             place = sampler.state_after(step + 1 - start)
             save_seconds = checkpoints.save(step + 1, models, optimizers, place, wait=stopping or last)
         checkpoints.poll()
         measured = engine.speed_and_memory(args, dist, totals, time.perf_counter() - began, flops)
         numbers |= {"lr": lr, **measured, "wait": wait, "save": save_seconds, "skipped": bad.n_bad,
                     "causes": bad.causes}
-        if validate and not stopping and (last or engine.is_due(step, args.val_every)):
+        if validate and not stopping and (last or (step + 1) % args.val_every == 0):
             numbers |= validate()
         log(step + 1, numbers)
-        if save_samples and (last or engine.is_due(step, args.sample_every)):
+        if save_samples and (last or args.sample_every and (step + 1) % args.sample_every == 0):
             save_samples(batches, out / "samples" / f"{step + 1:06d}.png")
         if stopping:
             dist.print0(f"stopped after step {step + 1}; --resume goes on")

@@ -34,20 +34,15 @@ class Streams:
         return self.is_image.shape[1]                     # L
 
     @classmethod
-    def from_ids(cls, ids, config, mask=None, loss_mask=None):
-        """ids: a list of (l, K) tensors, or one padded (B, L, K) with mask (B, L), 1 = real, padded on any side. Image
-        ids are offset by V, text ids are repeated in all K columns. loss_mask: bool, shaped as ids without K: the
-        targets of the loss. Raises UserError for an id out of range, a row too long, a target that has no head.
-        """
-        if mask is not None:
-            loss_mask = None if loss_mask is None else [row[keep] for row, keep in zip(loss_mask, mask.bool())]
-            ids = [row[keep] for row, keep in zip(ids, mask.bool())]
+    def from_ids(cls, ids, config, loss_mask=None):
+        """ids: a list of (l, K) tensors; image ids are offset by V, text ids are repeated in all K columns. loss_mask:
+        (l,) bools, the targets of the loss. UserError: an id out of range, a row too long, a target that has no head"""
         lengths = [len(row) for row in ids]
         length = max(lengths)
         if length > config.max_position_embeddings:
             raise UserError(f"a sequence of {length} tokens is longer than max_position_embeddings "
                             f"({config.max_position_embeddings}): shorten its text or show fewer images")
-        flat = torch.cat(list(ids))                                                           # (n, K)
+        flat = torch.cat(ids)                                                           # (n, K)
         index = torch.cat([torch.arange(n) + b * length for b, n in enumerate(lengths)])      # (n,)
         image = flat[:, 0] >= config.vocab_size                                               # (n,)
         text_ids, image_ids = flat[~image, 0], flat[image] - config.vocab_size
@@ -105,10 +100,10 @@ class Streams:
 
 def target_rows(loss_mask, image, lengths):
     """loss_mask: list of (l,) or None; image (n,) bool over all tokens -> rows of the text and of the image stream
-    whose next token is a counted target. Both must be of one modality: the token before a target chooses the head."""
+    whose next token is a counted target. It must be of their modality, which chooses the head."""
     if loss_mask is None:
         return torch.zeros(2, 0, dtype=torch.long)
-    target = torch.cat(list(loss_mask)).nonzero()[:, 0]
+    target = torch.cat(loss_mask).nonzero()[:, 0]
     first = torch.tensor([0] + lengths[:-1]).cumsum(0)
     if torch.isin(target, first).any() or (image[target] != image[target - 1]).any():
         raise UserError("a counted target stands first, or just where text and image meet: BOI, <s> and the newline "

@@ -153,10 +153,7 @@ class Text:
         """Generated ids up to the first of `ends`, without the lone '▁' before it. Padding rows of the embedding have
         no piece."""
         end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
-        return self._words([i for i in ids[:end] if i not in self.start and i < self.vocab_size]).strip()
-
-    def _words(self, ids):
-        return self.model.decode(ids)
+        return self.model.decode([i for i in ids[:end] if i not in self.start and i < self.vocab_size]).strip()
 
     def piece(self, token):
         """A token as it is shown"""
@@ -222,9 +219,6 @@ class BytePairText(Text):
 
     def _answer(self, answer):
         return [], self._encode(answer if self.template in ENDS else " " + answer)
-
-    def _words(self, ids):
-        return self.model.decode(ids, skip_special_tokens=True)
 
     def piece(self, token):
         return self.model.decode([token], skip_special_tokens=False)

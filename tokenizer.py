@@ -119,7 +119,8 @@ class ClipViT(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, c.layer_norm_eps)
 
     def hidden_states(self, pixels, layers=None):
-        """-> layers + 1 tensors (B, 1 + G*G, width): 0 = the embedding after pre_layrnorm, i = the output of block i"""
+        """-> tensors (B, 1 + G*G, width): 0 = the embedding after pre_layrnorm, i = the output of block i. layers: how
+        many blocks run, as the end of a slice (None: all, -1: all but the last)"""
         e = self.embeddings
         patches = e.patch_embedding(pixels).flatten(2).transpose(1, 2)                        # (B, G*G, width)
         x = torch.cat([e.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + e.position_embedding.weight
@@ -143,9 +144,8 @@ class LFQ(nn.Module):
     def forward(self, x):
         """(B, dim, G, G) -> quantized (B, dim, G, G), ids (B, G, G, K), projected (B, G, G, K * bits)"""
         projected = self.project_in(x.permute(0, 2, 3, 1))
-        code = torch.where(projected > 0, 1.0, -1.0).to(x.dtype)
-        ids = ((code > 0).unflatten(-1, (self.num_codebooks, self.bits)) * self.bit_values(x.device)).sum(-1)
-        code = projected + (code - projected).detach()                                        # straight-through
+        ids = ((projected > 0).unflatten(-1, (self.num_codebooks, self.bits)) * self.bit_values(x.device)).sum(-1)
+        code = projected + (self.codes(ids) - projected).detach()                             # straight-through
         return self.project_out(code).permute(0, 3, 1, 2), ids, projected
 
     def codes(self, ids):
@@ -323,7 +323,8 @@ class ImageTokenizerConfig:
                  "expected a power of two: an id is made of bits")):
             if not fits:
                 raise UserError(problem)
-        check_divisible(c.embed_dim, c.num_codebooks if c.quantizer == "vq" else 1, "each table has its share of it")
+        if c.quantizer == "vq":
+            check_divisible(c.embed_dim, c.num_codebooks, "each table has its share of it")
         check_divisible(c.ch, 32, "the norms of the VQGAN have 32 groups")
         check_divisible(c.ch * math.gcd(*c.ch_mult), c.num_attn_heads, "heads share a level's channels evenly")
 
@@ -414,7 +415,7 @@ def read_image_config(folder):
                         "with a clip in it. A LLaMA gets one from pretrain.py --image-tokenizer")
     if (path := place / published.CONFIG).is_file():
         sizes, _, clip_folder = published.read_published_config(place)
-        return make_config(ImageTokenizerConfig, sizes | {"clip": read_clip_sizes(clip_folder)}, path), place
+        return make_config(ImageTokenizerConfig, sizes | {"clip": clip_sizes(clip_folder)}, path), place
     path = place / "config.json"
     values = read_json(path)
     if missing := {field.name for field in fields(ImageTokenizerConfig)} - values.keys():
@@ -422,7 +423,7 @@ def read_image_config(folder):
     return make_config(ImageTokenizerConfig, values, path), place
 
 
-def read_clip_sizes(folder):
+def clip_sizes(folder):
     """config.json of an HF CLIP folder, of the vision model alone or of both -> the arguments of ClipViT"""
     path = Path(folder) / "config.json"
     top = read_json(path)

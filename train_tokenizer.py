@@ -10,7 +10,6 @@ gives the data (10 M images) and no recipe; the numbers here are ours.
 """
 import argparse
 import re
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -23,15 +22,7 @@ from common.sources import open_sources
 from common.weights import UserError, assign, read_tensors, select, shapes_only
 from data import PictureBuilder
 from pretrain import run_steps
-from tokenizer import (
-    ImageTokenizer,
-    ImageTokenizerConfig,
-    read_clip_sizes,
-    read_clip_weights,
-    to_picture,
-    to_pixels,
-    to_rgb,
-)
+from tokenizer import ImageTokenizer, ImageTokenizerConfig, clip_sizes, read_clip_weights, to_picture, to_pixels, to_rgb
 from training import engine, plan
 from training.checkpoints import fingerprint
 
@@ -160,7 +151,6 @@ LISTS = {"select_layers": "CLIP states that make up the signal; 0: its embedding
 WEIGHTS = (("perceptual", 1.0, "of LPIPS; L1 has weight 1"), ("l2", 0.0, "of the mean squared error"),
            ("clip", 0.0, "of a loss in CLIP's features"), ("entropy", 0.1, "of LFQ's entropy losses"),
            ("disc", 0.8, "of the discriminator's, times an adaptive one"))
-PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
 DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
         "num_attn_heads": 2, "num_res_blocks": 0, "ch_mult": (1, 1, 2, 2), "attn_resolutions": (7,)}    # for 56 pixels
 
@@ -189,7 +179,8 @@ def options():
 def new_tokenizer(args, clip):
     """clip: sizes of the CLIP. Fills in the sizes that the options left open."""
     grid = clip["image_size"] // clip["patch_size"]
-    defaults = PUBLISHED | (DEMO if clip["image_size"] == 56 else {}) | {"attn_resolutions": (grid,)}
+    # the published sizes are the defaults, which a dataclass has as attributes
+    defaults = vars(ImageTokenizerConfig) | (DEMO if clip["image_size"] == 56 else {}) | {"attn_resolutions": (grid,)}
     for name in (*NUMBERS, *LISTS):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
@@ -237,31 +228,28 @@ def main():
     if args.clip_weight and args.encoder != "clip":
         raise UserError("--clip-weight: an encoder from scratch has no CLIP to compare in")
     if args.plan:
-        clip = read_clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
+        clip = clip_sizes(args.clip_folder) if args.clip_folder else plan.CLIP_L
         with shapes_only():
             trained, discriminator = Trained(new_tokenizer(args, clip), args.entropy_weight), Discriminator()
         return plan.show_tokenizer(args, trained, discriminator, LPIPS() if args.vgg else None, generator_pass)
     args.clip_folder = args.clip_folder or TOY / "clip"
     dist, folder = engine.setup(args), require_path(args.clip_folder)
     torch.backends.cudnn.benchmark = not args.deterministic                                   # convolutions of one size
-    tokenizer = new_tokenizer(args, read_clip_sizes(folder))
+    tokenizer = new_tokenizer(args, clip_sizes(folder))
     if args.encoder == "clip":
         assign(tokenizer.clip, read_clip_weights(folder), folder)
-    tokenizer.to(dist.device)
-    discriminator = Discriminator().to(dist.device)
     lpips = LPIPS().read(args.vgg, args.lpips).to(dist.device) if args.vgg else None
     args.frozen = fingerprint(*filter(None, (tokenizer, lpips)))
     sources = open_sources(args.data, args.images, only_pictures=True)
-    models = [Trained(tokenizer, args.entropy_weight).to(dist.device), discriminator]
+    models = [module.to(dist.device) for module in (Trained(tokenizer, args.entropy_weight), Discriminator())]
     wrapped = [engine.replicate(model, dist) for model in models]
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
     step = partial(update, args, dist, *wrapped, lpips, optimizers)
     builder = PictureBuilder(tokenizer.config.resolution, args.seed)
     if run_steps(args, dist, sources, builder, models, optimizers, step, lambda batch: {"images": len(batch.pixels)},
-                 save_samples=partial(save_samples, dist, tokenizer)):
-        if dist.first:
-            tokenizer.save_pretrained(args.out)
-        dist.print0(f"{args.out} is an image tokenizer folder")
+                 save_samples=partial(save_samples, dist, tokenizer)) and dist.first:
+        tokenizer.save_pretrained(args.out)
+        print(f"{args.out} is an image tokenizer folder", flush=True)
 
 
 # ---------------------------------------------------------------- the step
@@ -276,7 +264,7 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
         engine.set_grad_sync(wrapped, n == last)
         engine.set_grad_sync(disc, False)                 # here it only passes gradients on to the generator
         outputs.append(generator_pass(args, dist, adversarial, wrapped, disc, lpips, batch.pixels, len(batches)))
-    norm = engine.clip_grad_norm(trained.parameters(), args.clip_norm)
+    norm = nn.utils.clip_grad_norm_(trained.parameters(), args.clip_norm)
     optimizers[1].zero_grad()                             # what the generator's passes left there
     for n, batch in enumerate(batches if adversarial else ()):                                # discriminator
         engine.set_grad_sync(disc, n == last)

@@ -11,6 +11,7 @@ import torch
 
 from answering.sampling import Step, check_finite
 from common.quantize import parts
+from llama import KVCache
 
 LOOK_EVERY = {"cuda": 8}       # steps at most: to read ids from a GPU is to wait for it
 
@@ -36,8 +37,8 @@ class Rate:
 
 
 def use_one_thread(n_threads):
-    """This thread computes with one core, all others with n_threads as before. torch hands the last number that was
-    set to every thread that computes for the first time, so a thread that ends at once sets n_threads again."""
+    """This thread computes with one core, all others with n_threads as before. A new thread begins with the number that
+    was set last, in whichever thread: so this one sets 1, and a thread that ends at once sets n_threads again."""
     torch.get_num_threads()                               # this thread's first use of torch sets its number: now
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as other:
@@ -96,7 +97,10 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
         check_finite(largest)
         new_ids = new_ids.tolist()                        # here a GPU is waited for
         seconds = time.perf_counter() - began
-        rate.prefill, rate.decoding = rate.prefill + seconds * bool(new), rate.decoding + seconds * (not new)
+        if new:
+            rate.prefill += seconds
+        else:
+            rate.decoding += seconds
         for row, tokens in zip(rows, new_ids):
             number, ids, most = texts[row]
             n_added, ended = add_ids(ids, tokens, most, stop)
@@ -121,7 +125,7 @@ def copy_into_rows(new, caches, rows, n_rows, room):
     for n, cache in enumerate(new):
         length = -(-(cache.longest + room) // 64) * 64    # in steps, so that it happens seldom
         if not before or len(caches[n].slots) < length:
-            longer = cache.empty(n_rows, length)
+            longer = KVCache(cache.config, n_rows, length, cache.keys[0])
             if before:
                 longer.load_rows(list(range(n_rows)), caches[n])
             caches[n:n + 1] = [longer]

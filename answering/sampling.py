@@ -86,6 +86,9 @@ def next_tokens(model, hidden, places, sampler):
     return tokens
 
 
+CAPTURE_AFTER = {"cuda": 4}    # steps: short answers end before a capture pays
+
+
 class Step:
     """One more token for every row. On a GPU, where starting a thousand small kernels takes longer than they run, the
     step is captured as one CUDA graph and replayed.
@@ -111,9 +114,6 @@ class Step:
         for cache in self.caches.values():
             cache.advance([1] * len(hidden))
         return hidden
-
-
-CAPTURE_AFTER = {"cuda": 4}    # steps: short answers end before a capture pays
 
 
 @functools.cache

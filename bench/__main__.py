@@ -25,7 +25,7 @@ from bench.baselines import limit, masked_reference, products_alone
 from bench.measure import measure
 from bench.more_rows import image_tokenizer, pretraining, quantized, transformers
 from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
-from common.cli import NATURAL, Help, bounded, check_device, run, writable_file
+from common.cli import Help, bounded, check_device, run, writable_file
 from common.weights import UserError
 from generate import generate
 
@@ -99,7 +99,7 @@ def against(args, size):
 GROWTH = (1, 640, 1), (1, 1280, 1), (1, 2048, 1), (1, 2048, 2), (4, 640, 1), (16, 640, 1)
 LONG = "growth", "compile", "long", "tokenizer"          # on a CPU only if they are named
 ROWS = {"train": (train, ["small"], []), "layer": (partial(train, layouts=[(1, LENGTH, 1)]), ["layer"], ["layer"]),
-        "compile": (partial(train, layouts=[(2, LENGTH, 1)], other="not compiled"), ["small"], ["layer"]),
+        "compile": (partial(train, other="not compiled"), ["small"], ["layer"]),
         "growth": (partial(train, layouts=GROWTH, other=None), ["small"], ["layer"]),
         "long": (partial(train, layouts=[(1, 2048, 3)]), ["small"], ["layer"]),
         "pretraining": (pretraining, [], ["full"]), "text": (partial(transformers, images=0), ["small"], ["layer"]),
@@ -116,14 +116,11 @@ def main():
     parser.add_argument("--gpu", action="store_true", help="one GPU, bfloat16")
     parser.add_argument("--against", metavar="FOLDER", help="another checkout of this repository")
     parser.add_argument("--repeat", type=bounded(int, 1, 42), default=5, help="turns; medians are reported")
-    parser.add_argument("--threads", type=NATURAL, default=0, help="of the CPU; 0: torch's choice")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", type=writable_file, metavar="FILE", help="JSON of the rows")
     args = parser.parse_args()
     args.device, args.dtype = ("cuda", torch.bfloat16) if args.gpu else ("cpu", torch.float32)
     args.results = []
     check_device(args.device)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     print("| what | side | rate | ours is times as fast (spread) | GB |\n|---|---|---|---|---|")
     names = args.rows or [row for row in ROWS if args.gpu or row not in LONG]
     rows = [(against, ["small"], ["layer"])] if args.against else [ROWS[row] for row in names]

@@ -15,7 +15,7 @@ def measure(args, name, sides, work, unit="tokens/s", memory=True):
     rates, gigabytes = {side: [] for side in sides}, dict.fromkeys(sides, 0)
     for side, call in sides.items():
         call()                                            # warm-up
-        if memory and not args.no_memory:
+        if memory:
             gigabytes[side] = peak_memory(call, args.device) / 1e9
     for _ in range(args.repeat):
         for side in random.sample(list(sides), len(sides)):

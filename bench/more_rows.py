@@ -7,11 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.baselines import products_alone
 from bench.measure import measure
-from bench.workload import LENGTH, SIZES, TOKENS, decoding, new_batch, new_model, training_step
+from bench.workload import LENGTH, TOKENS, decoding, new_batch, new_model, training_step
 from common.quantize import quantizer
 from common.weights import shapes_only
 from generate import generate
-from model import Libra, LibraConfig
+from model import Libra
 from streams import Streams
 from tokenizer import ImageTokenizer, ImageTokenizerConfig
 from training.plan import CLIP_L
@@ -41,7 +41,7 @@ def transformers(args, size, images):
     theirs, c, name = their_model(model, images), model.config, f"{size}, {'an image' if images else 'text alone'}"
     prompts, _, signal = new_batch(model, 16, LENGTH, images)
     counted = torch.arange(LENGTH) >= (LENGTH - 30 if images else 1)
-    streams = Streams.from_ids(prompts[:rows], c, None, [counted] * rows).to(args.device)
+    streams = Streams.from_ids(prompts[:rows], c, [counted] * rows).to(args.device)
     ids = torch.stack([row[row <= c.vocab_size] for row in torch.stack(prompts)[:, :, 0]])    # without BOI and EOI
     ids = (ids % c.vocab_size).to(args.device)            # 0: an image token
     labels = ids[:rows].clone()
@@ -116,20 +116,12 @@ def image_tokenizer(args, size):
 
 def pretraining(args, size):
     """A whole step: CLIP, forward, backward, AdamW. The micro-batch doubles until the GPU's memory is full, with
-    activations kept and recomputed. Where not one sample fits, half of the layers are measured."""
-    layers = LibraConfig(**SIZES[size]).num_hidden_layers
-    while layers and not fill_memory(args, size, layers):
-        layers //= 2
-
-
-def fill_memory(args, size, layers):
-    """-> whether one sample fits"""
-    model = new_model(size, args.device, args.dtype, True, num_hidden_layers=layers)
-    tokenizer = new_tokenizer(args.device)
+    activations kept and recomputed"""
+    model, tokenizer = new_model(size, args.device, args.dtype, frozen=True), new_tokenizer(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
-    optimizer, largest, flops = torch.optim.AdamW(trained, lr=1e-4, fused=True), 0, 0
+    optimizer, flops = torch.optim.AdamW(trained, lr=1e-4, fused=True), 0
 
     def step(streams, pixels):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
@@ -139,8 +131,8 @@ def fill_memory(args, size, layers):
         optimizer.step()
         optimizer.zero_grad()
     for model.checkpoint_activations in (False, True):
-        for rows in (1,) if args.device == "cpu" else (1, 2, 4, 8, 16, 32, 64, 128):
-            name = f"pretraining, {layers} layers, {rows} samples{', recomputed' * model.checkpoint_activations}"
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+            name = f"pretraining, {size}, {rows} samples{', recomputed' * model.checkpoint_activations}"
             call = partial(step, new_batch(model, rows, LENGTH)[1], torch.randn(rows, 3, 336, 336, device=args.device))
             try:
                 if not flops:
@@ -149,9 +141,7 @@ def fill_memory(args, size, layers):
                     flops = counter.get_total_flops() / LENGTH            # of a token; causal attention counted whole
                 rate = measure(args, name, {"ours": call}, rows * LENGTH)
                 print(f"| | {rate * flops / 1e12:.2f} TFLOP/s | | | |")
-                largest = max(rows, largest)
             except torch.OutOfMemoryError:
                 print(f"| {name} | does not fit | | | |")
                 optimizer.zero_grad()
                 break
-    return largest

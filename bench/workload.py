@@ -1,6 +1,5 @@
 """What is timed: models of several sizes, a training step, decoding. As a script it is one side of `--against FOLDER`:
-it runs the model of the checkout in PYTHONPATH, one repetition for each line that it reads. So it uses only what older
-checkouts have too."""
+it runs the model of the checkout in PYTHONPATH, one repetition for each line that it reads."""
 import sys
 from functools import partial
 
@@ -31,7 +30,7 @@ def new_model(size, device, dtype, frozen=False, **changes):
     return model
 
 
-def sequence(config, length, images=1):
+def sequence(config, length, images):
     """<s>, images with a newline after each, random text up to the length -> ids (L, K), loss_mask (L,)"""
     boi, newline = config.vocab_size + config.codes, config.newline_token_id
     image = [boi, *[config.vocab_size] * (config.image_tokens - 2), boi + 1, newline]
@@ -44,9 +43,8 @@ def new_batch(model, rows, length, images=1):
     """-> prompts [(L, K)], the same as Streams, signal"""
     c, weight = model.config, model.lm_head.weight
     prompts, loss_masks = zip(*(sequence(c, length, images) for _ in range(rows)))        # different text in each row
-    from_ids = getattr(Streams, "from_ids", None) or Streams.of           # its name in older checkouts
     signal = torch.randn(rows * images, c.image_tokens - 2, c.contiguous_signal_size).to(weight) if images else None
-    return list(prompts), from_ids(prompts, c, None, loss_masks).to(weight.device), signal
+    return list(prompts), Streams.from_ids(prompts, c, loss_masks).to(weight.device), signal
 
 
 def training_step(model, forward):

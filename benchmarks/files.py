@@ -16,9 +16,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import scores, toy
 from benchmarks.scores import gqa_normalise, normalise, score_captions, score_choices, score_each
@@ -26,8 +26,7 @@ from common.entries import entries, expect, read_value
 from common.weights import UserError, inside, name_in_errors, read_text, write_json
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     read: Callable               # its file, for read_vqa also a file of annotations -> yields items
     prompt: str | None           # Tab. 6: a line below each question
     score: Callable | None       # items, answers -> {score, metric, parts, unparsed}
@@ -77,11 +76,11 @@ def write(task, path, items, answers):
 
 
 def table_rows(path, delimiter):
-    """-> [(where, number, {heading: cell})] of a table whose first line holds the headings"""
+    """-> [(where, {heading: cell})] of a table whose first line holds the headings"""
     csv.field_size_limit(2 ** 31 - 1)                     # a cell may hold a picture
     reader = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
     with expect("a table", path):
-        return [(f"{path}, line {reader.line_num}", number, row) for number, row in enumerate(reader, 1)]
+        return [(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
 def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **more):
@@ -178,9 +177,9 @@ def read_mmbench(path):
     """Circular evaluation: a question is asked once for each rotation of its choices; each rotation adds 1,000,000 to
     the index. A file with such indices has the rotations already and is read as it is."""
     rows = table_rows(path, "\t")
-    images = {row.get("index"): row.get("image") for _, _, row in rows}
+    images = {row.get("index"): row.get("image") for _, row in rows}
     has_rotations = any(len(index or "") > 6 for index in images)
-    for where, _, row in rows:
+    for where, row in rows:
         with expect("index, question, A, B, image in base64, perhaps C, D, hint, answer", where):
             row = {name: cell for name, cell in row.items() if cell not in (None, "", "nan")}
             index = int(row["index"])
@@ -223,7 +222,7 @@ def read_scienceqa(path):
 
 def read_mmvp(path):
     """The picture of index n is n.jpg; n odd and n + 1 are a pair. The published heading is misspelt: lndex."""
-    for where, _, row in table_rows(path, ","):
+    for where, row in table_rows(path, ","):
         with expect("Question, Options as (a) .. (b) .., Index, perhaps Correct Answer", where):
             index = int(row["Index"] if "Index" in row else row["lndex"])
             choices = dict(re.findall(r"\((\w)\)\s*(.*?)\s*(?=\(\w\)|$)", row["Options"]))

@@ -228,12 +228,9 @@ def score_choices(metric, find_letter, items, answers):
     is then the share of single items that are right."""
     letters = [find_letter(answer, item["choices"]) for item, answer in zip(items, answers, strict=True)]
     hits = [letter == item["truth"] for item, letter in zip(items, letters)]
-    group_hits, group_items = {}, {}
-    for number, (item, hit) in enumerate(zip(items, hits)):
-        group = item.get("group", number)
-        group_hits[group] = group_hits.get(group, True) and hit
-        group_items[group] = item
-    result = summarize(metric, group_items.values(), list(group_hits.values()), letters.count(None))
+    groups = [item.get("group", number) for number, item in enumerate(items)]
+    group_items, wrong = dict(zip(groups, items)), {group for group, hit in zip(groups, hits) if not hit}
+    result = summarize(metric, group_items.values(), [group not in wrong for group in group_items], letters.count(None))
     if len(group_items) < len(items):
         result["parts"]["each"] = mean(hits)
     return result

@@ -53,8 +53,7 @@ def writable_file(text):
 
 def require_path(path):
     if not Path(path).exists():
-        made = [TOY / name for name in DEMO_FOLDERS if not (TOY / name).exists()]
-        is_made = any(folder in (Path(path), *Path(path).parents) for folder in made)
+        is_made = any(Path(path).is_relative_to(TOY / name) for name in DEMO_FOLDERS if not (TOY / name).exists())
         raise UserError(f"{path} is not there: " + (
             "`make demo` makes it" if is_made else "check the name; --help says what is expected"))
     return path

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import llama
 from common.cli import run
 from common.config import check_divisible, make_config, read_rope
 from common.weights import UserError, read_json, shapes_only
-from llama import Block, Linear, Llama, LlamaConfig, RMSNorm
+from llama import Block, Linear, Llama, LlamaConfig, RMSNorm, run_layers
 from model import cross_entropy
 from monolithic import shared, stages
 
@@ -39,13 +38,15 @@ class HalfConfig(LlamaConfig):
     image_grid_pinpoints: list = field(default_factory=list)      # canvases: height, width; []: the 14 published ones
     image_aspect_ratio: str = "anyres_max_6"              # with "any": tiles; else one square
     image_token_index: int = 151646
-    bias, edges = True, ([], [])                          # nothing stands around image tokens
+    bias, edges = True, ([], [])                          # of all matrices; nothing stands around image tokens
 
     def __post_init__(self):
         super().__post_init__()
         check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
         self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
-        self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
+        side = self.default_image_size
+        self.image_grid_pinpoints = self.image_grid_pinpoints or [            # of 1 x 1 to 1 x 6, ..., 6 x 1 tiles
+            [side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
         if self.hidden_act not in ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
         if not self.grid:
@@ -90,15 +91,11 @@ ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu, 
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
 
 
-class FeedForward(llama.FeedForward):
-    def __init__(self, config):
-        super().__init__(config)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-
 def blocks(config):
-    norm = NORMS[config.norm_mode]
-    return [Block(config, shared.BlockAttention, FeedForward, norm) for _ in range(config.num_hidden_layers)]
+    made = [Block(config, shared.BlockAttention, norm=NORMS[config.norm_mode]) for _ in range(config.num_hidden_layers)]
+    for block in made:
+        block.mlp.activation = ACTIVATIONS[config.hidden_act]
+    return made
 
 
 class PreDecoder(nn.Module):
@@ -130,7 +127,7 @@ class PreDecoder(nn.Module):
             x = shared.insert(x, batch.image_index, tokens)
         layers = self.model.layers[:self.pre.num_hidden_layers]
         rope_config = self.pre if self.pre.attention_rope else self.base
-        x = shared.run_layers(self.model.pre_norm(x), layers, rope_config, cache, mask, self.checkpoint_activations)
+        x = run_layers(self.model.pre_norm(x), layers, rope_config, cache, mask, self.checkpoint_activations)
         return x, mask
 
 
@@ -150,7 +147,7 @@ class HaploVL(PreDecoder):
         """As encode, with a cache for each half -> (B, L, D) after the final norm"""
         (x, mask), layers = self.encode(ids, batch, caches[0]), self.model.layers[self.pre.num_hidden_layers:]
         x = self.model.pre_connector(x)
-        return self.model.norm(shared.run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
+        return self.model.norm(run_layers(x, layers, self.base, caches[1], mask, self.checkpoint_activations))
 
     def save_pretrained(self, folder, tensors=None):
         """As shared.save_folder; in config.json base_config's fields stand at the top too, as in the released one"""

@@ -18,7 +18,7 @@ import tokenizer
 from common.cli import POSITIVE, run
 from common.config import check_divisible, make_config, read_rope
 from common.weights import UserError, read_json
-from llama import Block, Linear, Llama, LlamaConfig
+from llama import Block, Linear, Llama, LlamaConfig, run_layers
 from monolithic import internlm2, shared, stages
 
 # ImageNet's; fields of config.json with the only value under which a model is the one computed here
@@ -58,7 +58,7 @@ class HalfConfig(LlamaConfig):
 
 
 PICTURES = [name for name in HalfConfig.__dataclass_fields__ if name not in LlamaConfig.__dataclass_fields__]
-OF_MODULE, OF_TOP = PICTURES[:4], PICTURES[4:]            # where they stand in config.json
+OF_MODULE, OF_TOP = PICTURES[:4], PICTURES[4:]            # in embedding_config, and at the top of config.json
 
 
 def read_config(path):
@@ -92,7 +92,7 @@ def pixel_shuffle(x):
 
 
 class Embedder(nn.Module):
-    """The holistic embedding module. `text` is set when the model came from a folder with tokenizer.model."""
+    """The holistic embedding module. `text` is set when the model came from a folder with a tokenizer."""
 
     def __init__(self, base, pre):
         super().__init__()
@@ -136,7 +136,7 @@ class Embedder(nn.Module):
             else:
                 vectors = m.pixel_shuffle_proj(pixel_shuffle(vectors))
             x = shared.insert(x, image_index, vectors.flatten(0, 1))
-        x = shared.run_layers(x, m.encoder, self.pre, cache, None, self.checkpoint_activations)
+        x = run_layers(x, m.encoder, self.pre, cache, None, self.checkpoint_activations)
         if post:
             vectors = m.pixel_shuffle_proj(pixel_shuffle(x.flatten(0, 1)[image_index].view_as(vectors)))
             x = shared.insert(x.take_along_dim(places[..., None], 1), batch.image_index, vectors.flatten(0, 1))
@@ -172,7 +172,7 @@ class HoVLE(Embedder):
     def hidden(self, ids, batch=None, caches=(None, None)):
         """As encode, with a cache for each half -> (B, L, C) after the final norm"""
         x, llm = self.encode(ids, batch, caches[0]), self.language_model.model
-        return llm.norm(shared.run_layers(x, llm.layers, self.base, caches[1], None, self.checkpoint_activations))
+        return llm.norm(run_layers(x, llm.layers, self.base, caches[1], None, self.checkpoint_activations))
 
     def row_lengths(self, rows):
         longer = 3 * (self.pre.pixel_shuffle_loc == "post")
@@ -250,7 +250,7 @@ def count_rows(batch):
 
 
 def build(args, dist):
-    """As distill, of any stage"""
+    """-> the Stage of --stage"""
     if args.stage == 1:
         stage = distill(args, dist)
     else:

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.cli import run
 from common.config import make_config
-from llama import Linear, Llama, LlamaConfig
+from llama import Linear, Llama, LlamaConfig, run_layers
 from monolithic import shared, stages
 from tokenizer import ClipConfig, ClipViT, prepare
 
@@ -48,7 +48,7 @@ class Llava(Llama):
         if batch is not None:                             # patches of the last layer but one
             features = clip.hidden_states(batch.tiles.to(clip.embeddings.class_embedding.dtype), -1)[-1][:, 1:]
             x = shared.insert(x, batch.image_index, m.mm_projector(features).flatten(0, 1))
-        return m.norm(shared.run_layers(x, m.layers, self.config, caches[0], None, self.checkpoint_activations))
+        return m.norm(run_layers(x, m.layers, self.config, caches[0], None, self.checkpoint_activations))
 
     def save_pretrained(self, folder, tensors=None):
         shared.save_folder(folder, tensors or self.state_dict(), self.text, asdict(self.config))

@@ -6,7 +6,6 @@ image tokens of a batch, S pixels and g patches of a tile's side, R x C tiles of
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,23 +16,16 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from common.pictures import open_image
 from common.weights import UserError, assign, cast, read_tensors, save_tensors, shapes_only, weight_files, write_json
 from data import BadSample, clean_caption, llava_turns, read_sample
-from llama import Attention, KVCache, causal_attention, read_llama_tensors, rope_tables, to_matmul_dtype
+from llama import Attention, KVCache, causal_attention, read_llama_tensors
 from model import cross_entropy
 from text import IMG, Text, open_text
 from tokenizer import MEAN, STD, prepare
 
 # ---------------------------------------------------------------- tiles
-
-
-def published_canvases(side):
-    """1 x 1 to 1 x 6, 2 x 1 to 2 x 3, ..., 6 x 1 tiles -> 14 (height, width)"""
-    return [[side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
-
 
 def choose_canvas(width, height, config):
     """-> (height, width) of the canvas that keeps most pixels of a picture, then wastes least"""
@@ -140,7 +132,7 @@ def pad(rows):
 
 class Batch(NamedTuple):
     ids: torch.Tensor          # (B, L), padded on any side; image_token_index at the places of image tokens
-    starts: torch.Tensor       # (B, L): a text token's own place, an image token's the first of its image, padding's L
+    starts: torch.Tensor       # (B, L): the first place that sees this token: of an image the first of its tokens
     image_index: torch.Tensor  # (n,) places of the image tokens in the grid of B * L
     order: torch.Tensor        # (n,) which patch stands there, -1 for a newline
     tiles: torch.Tensor        # (tiles of all pictures, 3, S, S)
@@ -169,8 +161,9 @@ class Batch(NamedTuple):
         left_padded = (mask[:, 1:] > mask[:, :-1]).any()  # what is padded on the right is never seen
         alike = not left_padded and (starts == starts[0]).all()
         tiles = torch.cat([torch.zeros(0, 3, side, side), *(tiles for tiles, _ in pictures)])
+        loss_mask = torch.zeros_like(mask) if loss_mask is None else loss_mask
         return cls(ids, starts.masked_fill(~mask, length), index, torch.cat([index[:0], *orders]), tiles,
-                   segments if alike else None, mask & False if loss_mask is None else loss_mask, names, listed)
+                   segments if alike else None, loss_mask, names, listed)
 
     def mask(self):
         """For block_attention: segments, or bool (B, 1, L, L): query i sees key j if start[j] <= i"""
@@ -277,17 +270,6 @@ def insert(x, places, vectors):
     return x.flatten(0, 1).index_copy(0, places, vectors.to(x.dtype)).view_as(x)
 
 
-def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
-    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers of a half.
-    recompute: the activations in the backward pass"""
-    positions = (0 if cache is None else cache.next_position) + torch.arange(x.shape[1], device=x.device)
-    rope, x = rope_tables(config, positions, x.dtype), to_matmul_dtype(x)
-    for layer, block in enumerate(layers):
-        run = partial(checkpoint, block, use_reentrant=False) if recompute and torch.is_grad_enabled() else block
-        x = run(x, rope, cache, layer, mask)
-    return x
-
-
 def next_token_loss(model, batch, weights=None):
     """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of the
     targets; divide by the sum of weights[:, 1:], where tokens that are no targets count too"""
@@ -298,7 +280,6 @@ def next_token_loss(model, batch, weights=None):
     return weights[:, 1:][where] @ F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
 
 
-@torch.no_grad()
 def answer_loss(model, ids, loss_mask, picture):
     """-> the mean loss of the targets of a row with one picture. ids, loss_mask: as text.chat makes them"""
     config = model.halves[-1]
@@ -376,14 +357,12 @@ def read(model, prompts, pictures=()):
         sizes = [len(order) for _, order in ready[len(ready) - n:]]
         rows.append(expand_images(ids, ids, sizes, config.image_token_index, edges=config.edges)[0])
     lengths = model.row_lengths(rows)
-    longest, most = min(((max(half_lengths), half.max_position_embeddings) for half_lengths, half in
-                         zip(lengths, model.halves)), key=lambda pair: pair[1] - pair[0])
-    if longest >= most:
-        raise UserError(f"the prompt has {longest} of the {most} tokens that the model takes: too little room is left")
+    room = [min(half.max_position_embeddings - n for half, n in zip(model.halves, row)) for row in zip(*lengths)]
+    if min(room) < 1:
+        raise UserError(f"the prompt has {1 - min(room)} tokens more than the model takes: too little room is left")
     batch = Batch.build(*pad(rows), ready, config).to(weight.device)
     caches = [KVCache(half, len(rows), max(half_lengths), weight) for half_lengths, half in zip(lengths, model.halves)]
     last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths[-1]) - 1]
     for half_lengths, cache in zip(lengths, caches):
         cache.advance(half_lengths)
-    room = [min(half.max_position_embeddings - n for half, n in zip(model.halves, row)) for row in zip(*lengths)]
     return last, caches, room

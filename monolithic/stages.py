@@ -18,7 +18,7 @@ from llama import Llama, LlamaConfig
 from monolithic import shared
 from pretrain import train
 from text import IMG, TEMPLATES, open_text
-from tokenizer import ClipViT, read_clip_sizes, read_clip_weights
+from tokenizer import ClipViT, clip_sizes, read_clip_weights
 from training import engine, plan
 from training.checkpoints import fingerprint
 
@@ -58,7 +58,8 @@ def run_stage(parser, build, *stage_1):
     """stage_1: names of the options that, as --llm and --clip, shape a new model. build(args, dist) -> Stage; under
     --plan all its tensors have shapes and no content."""
     args, names = parser.parse_args(), ("llm", "clip_folder", *stage_1)
-    if args.model if args.stage == 1 else any(getattr(args, name) for name in names):
+    misplaced = args.model if args.stage == 1 else any(getattr(args, name) for name in names)
+    if misplaced:
         words = ", ".join(f"--{name.removesuffix('_folder').replace('_', '-')}" for name in names)
         raise UserError(f"{words} belong to stage 1, --model to the later ones")
     if args.plan:
@@ -80,7 +81,7 @@ def run_stage(parser, build, *stage_1):
 def new_parts(args):
     """Stage 1 -> a LLaMA and its text, a CLIP and its sizes; both frozen and on the CPU"""
     folder, clip_folder = Path(require_path(args.llm or TOY / "llama")), require_path(args.clip_folder or TOY / "clip")
-    sizes = read_clip_sizes(clip_folder)
+    sizes = clip_sizes(clip_folder)
     if args.plan:
         llm = Llama(LlamaConfig.from_file(folder / "config.json")).requires_grad_(False)
         return llm, None, ClipViT(**sizes).requires_grad_(False), sizes
@@ -136,8 +137,8 @@ def show_plan(args, stage):
     for name, p in [*model.named_parameters(), *(("teachers", x) for x in stage.teachers)]:
         part = name.removeprefix("model.").split(".")[0] + " (frozen)" * (not p.requires_grad)
         weights[part] = weights.get(part, (0,))[0] + p.numel(), p.requires_grad
-    memory, _ = plan.memory_of(args, weights, {"activations": saved}, args.nproc, DTYPES[args.dtype],
-                               len(stage.blocks), args.memory * 1e9, engine.ENGINES)
+    memory, _ = plan.memory_of(args, weights, {"activations": saved}, DTYPES[args.dtype], len(stage.blocks),
+                               engine.ENGINES)
     title = (f"{type(model).__name__}, stage {args.stage}: {args.micro_batch} rows a pass, a picture of 640 x 480 of "
              f"{n_image} tokens, {args.text_tokens} of text, {most} at most")
     plan.show(args, title, weights, memory, {"all products": counter.get_total_flops()})

@@ -30,7 +30,7 @@ from monolithic.haplovl import HaploVL
 from monolithic.hovle import HoVLE
 from monolithic.llava import Llava, LlavaConfig
 from text import Text, open_text
-from tokenizer import ImageTokenizer, read_clip_sizes
+from tokenizer import ImageTokenizer, clip_sizes
 
 VALUES = [None, True, False, 0, 1, -1, 2, 3.0, 0.5, -1.0, 1e300, float("nan"), float("inf"), 2 ** 31, 2 ** 63, 10 ** 9,
           10 ** 12, 10 ** 400, "", "a", "1", "../x", "/etc/passwd", "\0", "\ud800", [], [1], [1, 1], [-1, 1], ["a", 1],
@@ -129,7 +129,7 @@ def image_tokenizer_config(rng, folder):
 def clip_config(rng, folder):
     path = copy("published/openai-clip-vit", folder)
     change_json(rng, path / "config.json")
-    read_clip_sizes(path)
+    clip_sizes(path)
 
 
 def monolithic_config(rng, folder, cls):
@@ -259,7 +259,7 @@ def any_json(rng, folder):
         if rng.random() < 0.7:
             (folder / name).write_bytes(content)
     write_json(folder / "x.json", {})
-    for read in (Libra.from_pretrained, Llama.from_pretrained, ImageTokenizer.from_pretrained, read_clip_sizes,
+    for read in (Libra.from_pretrained, Llama.from_pretrained, ImageTokenizer.from_pretrained, clip_sizes,
                  read_folder, lambda path: read_tensors(path / "config.json")):
         with contextlib.suppress(UserError):
             read(folder)

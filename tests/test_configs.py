@@ -5,7 +5,7 @@ import pytest
 from common.weights import UserError, read_json, write_json
 from llama import LlamaConfig
 from model import Libra
-from tokenizer import read_clip_sizes
+from tokenizer import clip_sizes
 
 
 @pytest.mark.parametrize("field, value, message", [
@@ -83,13 +83,13 @@ def test_clip_folders_that_leave_out_default_sizes(tmp_path):
     path, tower = tmp_path / "config.json", {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24,
                                              "intermediate_size": 4096, "patch_size": 14}
     write_json(path, {"model_type": "clip", "vision_config": tower | {"model_type": "clip_vision_model"}, "x": 1})
-    assert read_clip_sizes(tmp_path) == tower | {"image_size": 224, "layer_norm_eps": 1e-5}
+    assert clip_sizes(tmp_path) == tower | {"image_size": 224, "layer_norm_eps": 1e-5}
     base = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072,
             "patch_size": 32, "image_size": 224, "layer_norm_eps": 1e-5}
     for values in ({"model_type": "clip_vision_model"}, {"model_type": "clip"}, {"vision_config": {}},
                    {"model_type": "clip_vision_model", "patch_size": None}):
         write_json(path, values)
-        assert read_clip_sizes(tmp_path) == base
+        assert clip_sizes(tmp_path) == base
     for values, message in (({"model_type": "siglip"}, "model_type is 'siglip'"),
                             ({"hidden_act": "gelu"}, ".*quick_gelu"),
                             ({"num_channels": 1}, ".*three channels"),
@@ -98,4 +98,4 @@ def test_clip_folders_that_leave_out_default_sizes(tmp_path):
                             ({"vision_config": 5}, ".*CLIP")):
         write_json(path, {"model_type": "clip"} | values)
         with pytest.raises(UserError, match=f"config.json: {message}"):
-            read_clip_sizes(tmp_path)
+            clip_sizes(tmp_path)

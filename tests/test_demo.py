@@ -22,6 +22,5 @@ def test_make_demo_quick(tmp_path):
     for stage in ("pretrain", "sft"):
         assert json.loads((tmp_path / stage / "log.jsonl").read_text().splitlines()[-1])["val_loss"] > 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["held_out_loss"].keys() == {"pretrain", "sft"}
     assert report["llama_frozen"] is True and not all(bar["reached"] for bar in report["bars"])
     assert all((tmp_path / stage / "recipe.json").exists() for stage in ("tokenizer", "pretrain", "sft"))

@@ -58,7 +58,7 @@ def test_kernels_are_tried_out_for_the_image_tokenizer_alone(tmp_path, monkeypat
                sft: ["--model", tmp_path]}
     monkeypatch.setattr("sys.argv", [str(word) for word in (
         module.__name__, *folders[module], "--out", tmp_path / "out", "--device", "cpu", *words.split())])
-    monkeypatch.setattr(train_tokenizer, "read_clip_sizes", stop)
+    monkeypatch.setattr(train_tokenizer, "clip_sizes", stop)
     monkeypatch.setattr(Libra, "from_pretrained", stop)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")

@@ -75,7 +75,8 @@ def compare_forward(model, config, io, folder, report):
     if loss_mask is not None:
         for k in range(len(io["labels"])):
             assert (io["labels"][k][loss_mask] == io["input_ids"][k][loss_mask]).all(), "labels are not the ids"
-    streams = Streams.from_ids(ids, config, mask, loss_mask)
+    real = [None if rows is None else [row[m] for row, m in zip(rows, mask)] for rows in (ids, loss_mask)]
+    streams = Streams.from_ids(real[0], config, real[1])
     signal = signal_of(io, "", ids, mask, config)
 
     def padded(joined):                                   # (B, l, W), packed rows -> (n, W), real tokens in order

@@ -14,6 +14,7 @@ from tiny import continued
 
 from answering.sampling import Sampler
 from common.weights import UserError, shapes_only
+from llama import run_layers
 from monolithic import internlm2, shared
 from monolithic.hovle import Distillation, HalfConfig, HoVLE, count_rows, pixel_shuffle, read_config
 from text import IMG
@@ -178,7 +179,7 @@ def test_post_by_hand():
     assert places[0].tolist() == [0, 1, 2, 3, 7, 11, 15, 19, 20]
     x = m.llm_text_embeddings(ids)
     x[0, 3:19] = model.patches(batch.tiles)[0]
-    x = shared.run_layers(x, m.encoder, model.pre)
+    x = run_layers(x, m.encoder, model.pre)
     image = m.pixel_shuffle_proj(pixel_shuffle(x[:, 3:19]))
     wanted = torch.cat([x[:, :3], image, x[:, 19:]], dim=1)
     torch.testing.assert_close(model.encode(batch.ids, batch), wanted, rtol=0, atol=1e-5)

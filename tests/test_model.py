@@ -70,16 +70,6 @@ def loop_row(model, ids, signal):
     return torch.stack([rms(y, own(m, "norm", i)) for y, i in zip(x, image)])
 
 
-def pad(rows, left):
-    """list of (l, K) -> (B, L, K), mask"""
-    length = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), length, rows[0].shape[1], dtype=torch.long), torch.zeros(len(rows), length)
-    for b, row in enumerate(rows):
-        at = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[b, at], mask[b, at] = row, 1
-    return ids, mask
-
-
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
 KINDS = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"use_bridge": False},
          {"use_expert": False, "use_bridge": False}, {"rope_theta": 1e6, "vision_codebook_num": 4}]
@@ -92,9 +82,8 @@ def test_interleavings_equal_the_loops(case):
     rows = [tiny.interleaved(model.config, n, g, most=3) for n in torch.randint(4, (2,), generator=g).tolist()]
     if case % 2:                                          # images at the same places in all rows: the fast attention
         rows = [rows[0], rows[0][:-1] if rows[0][-1, 0] < model.config.vocab_size else rows[0]]
-    ids, mask = pad(rows, left=case % 3 == 0)
     signal = tiny.signals(model.config, rows, g).double()
-    streams = Streams.from_ids(ids, model.config, mask)
+    streams = Streams.from_ids(rows, model.config)
     out = streams.merge(*model.hidden(streams, signal))
     for b, row in enumerate(rows):
         n = [int((r[:, 0] >= model.config.vocab_size).sum()) for r in rows]

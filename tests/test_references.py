@@ -11,7 +11,7 @@ from generate import generate
 from llama import Llama
 from model import load
 from streams import Streams
-from tokenizer import CLIP_MEAN, CLIP_STD, ClipViT, prepare, read_clip_sizes, read_clip_weights
+from tokenizer import CLIP_MEAN, CLIP_STD, ClipViT, clip_sizes, prepare, read_clip_weights
 from toy.make import muon
 
 VISION = {"vision_vocab_size": 10, "vision_codebook_num": 2, "image_feature_resolution": 2,
@@ -53,7 +53,7 @@ def test_clip(tmp_path):
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.2)
     theirs.save_pretrained(tmp_path)
     with torch.device("meta"):
-        ours = ClipViT(**read_clip_sizes(tmp_path))
+        ours = ClipViT(**clip_sizes(tmp_path))
     assign(ours, read_clip_weights(tmp_path), tmp_path)
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():

@@ -360,14 +360,14 @@ def test_plan_sizes_memory_by_the_longest_rows():
     for length, text in ((100, 32), (200, 132), (1000, 188)):                 # 66 image tokens, 256 positions
         assert plan.longest_text(SimpleNamespace(max_length=length), config) == text
     args = SimpleNamespace(checkpoint_activations=False, compile=False, offload=False, micro_batch=2, dtype="float32",
-                           max_length=1000, text_tokens=5)
-    lines, _ = plan.libra_memory(args, config, tiny.image_tokenizer().config, True, 2, 80e9)
+                           max_length=1000, text_tokens=5, nproc=2, memory=80)
+    lines, _ = plan.libra_memory(args, config, tiny.image_tokenizer().config, True)
     streams, model = plan.example_batch(config, 2, 188, True), Libra(config)
     assert streams.length == config.max_position_embeddings
     saved = plan.saved_bytes(model.parameters(), lambda: model.loss(streams))
     assert abs(float(re.search(r"activations ([\d.]+)", lines)[1]) * 1e9 - saved) < 0.06e9
     args.micro_batch = 1000
-    lines, _ = plan.libra_memory(args, config, tiny.image_tokenizer().config, True, 2, 80e9)
+    lines, _ = plan.libra_memory(args, config, tiny.image_tokenizer().config, True)
     assert abs(float(re.search(r"activations ([\d.]+)", lines)[1]) * 1e9 / (500 * saved) - 1) < 0.1
 
 

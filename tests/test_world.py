@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from toy import world
-from toy.report import held_out_losses, read_log
+from toy.report import read_log
 
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -80,12 +80,3 @@ def test_broken_lines_of_a_log_are_left_out(tmp_path):
     again = '{"step": 1, "loss": 9}', '{"step": 1, "loss": 2.5}'            # killed, and made again
     path.write_text("\n".join([*again, *broken, '{"step": 4}', '{"step"']))
     assert read_log(path) == [{"step": 1, "loss": 2.5}, {"step": 4}]
-
-
-def test_the_last_held_out_losses(tmp_path):
-    """A run without --val-data has none"""
-    for stage, lines in (("pretrain", ['{"val_loss": 3.0}', '{"val_loss": 2.0}', '{"loss": 1.0}']),
-                         ("sft", ['{"loss": 1.0}'])):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "log.jsonl").write_text("\n".join(lines))
-    assert held_out_losses(tmp_path) == {"pretrain": 2.0}

@@ -34,8 +34,8 @@ from model import Libra
 from monolithic.shared import Batch, pad
 from tokenizer import ImageTokenizer
 from toy.make import fill, text_rows, write_captions
-from toy.report import read_log, score_completions, score_drawings, score_reconstructions
-from toy.world import DESCRIBE, SHARES, scenes
+from toy.report import score_completions, score_drawings, score_reconstructions
+from toy.world import SHARES, scenes
 
 ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, POPE, SEED
     "libra": ("Libra", (), "77.3, 63.8, 59.5, 1494.7, 88.2, 62.7"),
@@ -47,7 +47,7 @@ ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, 
     "f": ("(f) discrete input", ("--discrete-only",), "65.0, 53.1, 38.6, 1127.8, 80.3, 48.5"),
     "g": ("(g) encoder from scratch", (), "67.2, 55.7, 40.6, 1148.4, 80.7, 50.8")}
 COLUMNS = {"questions": 3, "captions": 3, "existence F1": 3, "image loss": 3, "text perplexity": 4, "completed": 3,
-           "drawn": 3, "M weights": 2, "minutes": 1}      # digits after the point
+           "drawn": 3, "M weights": 2}                    # digits after the point
 
 
 def run_tasks(args, tasks):
@@ -92,23 +92,21 @@ def run_row(args, row, seed):
                        "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
     tuned = run_trainer(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
                         toy / "chats/images", "--seed", seed, *args.sft)
-    steps = read_log(base / "log.jsonl") + read_log(tuned / "log.jsonl")
     base, tuned = (Libra.from_pretrained(path).eval() for path in (base, tuned))
     questions, annotations, captions, pope = (
         toy / f"eval/held_out_{name}.json" for name in ("questions", "annotations", "captions", "pope"))
     score = partial(evaluate, tuned, batch=64, limit=args.limit)
     result = {
         "questions": score("exact", [questions, annotations], toy / "eval/images")["score"],
-        "captions": score("statements", [captions], toy / "eval", prompt=DESCRIBE)["score"],
+        "captions": score("statements", [captions], toy / "eval")["score"],
         "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": map_perplexity(tuned),
-        "minutes": sum(step["seconds"] for step in steps) / 60,
         "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
     maps = [attention(tuned, question["question"], [toy / f"eval/images/{question['image_id']:012d}.png"])
             for question in read_json(questions)["questions"][:100]]
     result["differences"] = [x.tolist() for x in attention_difference(torch.cat(maps, dim=1))]         # Fig. 4
     if row not in ("a", "b"):                             # these two do not learn to predict ids
         result["image loss"] = image_loss(base, captions)
-        result["completed"] = score_completions(base, 100, seed)[0]["cells"]
+        result["completed"] = score_completions(base, 100, seed)[0]
         result["drawn"] = score_drawings(base, 100, seed)[0]["colour_shape"]
     write_json(folder / "result.json", result)
 
@@ -158,20 +156,17 @@ def run_all(args):
     run_tasks(args, tasks)
 
 
-def write_table(args):
-    """Mean and standard deviation over the seeds beside the paper's numbers -> table.md"""
-    lines = ["| row | seeds | " + " | ".join(COLUMNS) + " | paper: VQAv2, GQA, VizWiz, MME, POPE, SEED |",
-             "|" + "---|" * (len(COLUMNS) + 3)]
+def table(args):
+    """Mean and standard deviation over the seeds beside the paper's numbers"""
+    lines, below = [["row", "seeds", *COLUMNS, "paper: VQAv2, GQA, VizWiz, MME, POPE, SEED"]], ""
     for row, (title, _, paper) in ROWS.items():
         results = results_of(args, row)
-        cells = [mean_cell(results, column, digits) for column, digits in COLUMNS.items()]
-        lines.append(f"| {title} | {len(results)} | {' | '.join(cells)} | {paper} |")
+        lines.append([title, str(len(results)), *(mean_cell(results, *column) for column in COLUMNS.items()), paper])
     for path in sorted(args.out.glob("reconstruction-*.json")):
         n = read_json(path)
-        lines.append(f"\nFig. 2, {path.stem[15:]}: PSNR {n['psnr']:.2f} dB, colour survives {n['drawn_colour']:.3f}, "
-                     f"shape {n['drawn_shape']:.3f}, codes in use {min(n['codes_used']):.2f}")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        below += (f"\nFig. 2, {path.stem[15:]}: PSNR {n['psnr']:.2f} dB, colour survives {n['drawn_colour']:.3f}, "
+                  f"shape {n['drawn_shape']:.3f}, codes in use {min(n['codes_used']):.2f}\n")
+    return lines, below
 
 
 def plot(args):
@@ -230,18 +225,23 @@ def mean_cell(results, name, digits):
     return f"{statistics.mean(values):.{digits}f}{deviation}" if values else ""
 
 
-def run_table(args, run_all, write_table, plot):
+def run_table(args, run_all, table, plot):
+    """table(args) -> lists of cells, the first the headings, and a text below"""
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.show:
         require_path(args.toy / "eval")
         run_all(args)
-    write_table(args)
+    lines, below = table(args)
+    lines.insert(1, ["---"] * len(lines[0]))
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + below
+    (args.out / "table.md").write_text(text)
+    print(text)
     plot(args)
 
 
 def main():
     parser = options(__doc__, "ablation", ROWS, tokenizer="train_tokenizer.py", pretrain="pretrain.py", sft="sft.py")
-    run_table(parser.parse_args(), run_all, write_table, plot)
+    run_table(parser.parse_args(), run_all, table, plot)
 
 
 if __name__ == "__main__":

@@ -105,15 +105,14 @@ def best_factor(args, row):
 def score_row(args, row, factor, seed):
     """A run for the table: trained, unless it is the one that tried this rate, and scored -> result.json"""
     print(f"{ROWS[row][0]}, seed {seed}", flush=True)
-    model, toy = train_row(args, row, factor, seed), args.toy
-    scores, _ = score_answers(model, toy / "eval", args.limit)
-    captions = evaluate(model, "statements", [toy / "eval/held_out_captions.json"], toy / "eval", DESCRIBE, batch=64,
-                        limit=args.limit)
+    model, folder = train_row(args, row, factor, seed), args.toy / "eval"
+    scores, _ = score_answers(model, folder, args.limit)
+    captions = evaluate(model, "statements", [folder / "held_out_captions.json"], folder, batch=64, limit=args.limit)
     asked = scores["held_out"]
     write_json(folder_of(args, row, factor, seed) / "result.json", {
         "questions": asked["score"], "no picture": scores["held_out_zeroed"]["score"],
         "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
-        "captions": captions["score"], "existence F1": scores["existence"]["f1"],
+        "captions": captions["score"], "existence F1": scores["existence"]["F1"],
         **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": map_perplexity(model)})
 
 
@@ -181,23 +180,20 @@ def run_all(args):
         "M weights": sum(p.numel() for p in model.parameters()) / 1e6} for row, model in models.items()})
 
 
-def write_table(args):
-    """A line for each score, mean and standard deviation over the seeds, and for each cost -> table.md"""
+def table(args):
+    """A line for each score, mean and standard deviation over the seeds, and for each cost"""
     rows, costs = [row for row in args.rows if row_results(args, row)], args.out / "costs.json"
     costs = read_json(costs) if costs.exists() else {}
     base = Llama.from_pretrained(args.toy / "llama").eval()
     base.tokenizers = SimpleNamespace(text=open_text(args.toy / "llama"))
-    lines = [["", *(ROWS[row][0] for row in rows)], ["---"] * (1 + len(rows))]
+    lines = [["", *(ROWS[row][0] for row in rows)]]
     lines += [[name, *(mean_cell(row_results(args, row), name, digits) for row in rows)]
               for name, digits in COLUMNS.items()]
     lines.append(["learning rates x", *(f"{best_factor(args, row):g}" for row in rows)])
     lines.append(["CLIP to answer", *("yes" if ROWS[row][2] else "no" for row in rows)])
     for name, digits in COSTS.items():
         lines.append([name, *(f"{costs[row][name]:,.{digits}f}" if row in costs else "-" for row in rows)])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    text += f"\nText perplexity of the LLaMA itself: {map_perplexity(base):.3f}\n"
-    (args.out / "table.md").write_text(text)
-    print(text)
+    return lines, f"\nText perplexity of the LLaMA itself: {map_perplexity(base):.3f}\n"
 
 
 def plot(args):
@@ -221,7 +217,7 @@ def main():
     parser = options(__doc__, "compare", ROWS)
     parser.add_argument("--steps", type=POSITIVE, default=400, help="of captions, and as many of chats")
     parser.add_argument("--judge", type=POSITIVE, default=400, help="questions that choose the learning rates")
-    run_table(parser.parse_args(), run_all, write_table, plot)
+    run_table(parser.parse_args(), run_all, table, plot)
 
 
 if __name__ == "__main__":

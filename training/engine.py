@@ -202,11 +202,6 @@ def setup(args):
     return replace(dist, dtype=DTYPES[args.dtype])
 
 
-def barrier(dist):
-    if dist.size > 1:
-        torch.distributed.barrier()
-
-
 def all_ranks(condition, dist):
     """Whether a condition holds on all processes"""
     if dist.size == 1:
@@ -296,7 +291,6 @@ def adamw(parameters, args):
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=1e-8, fused=True)
 
 
@@ -310,25 +304,14 @@ def set_learning_rate(optimizers, step, args):
     return lr
 
 
-def clip_grad_norm(parameters, max_norm):
-    """Scale the gradient to a norm of at most max_norm. -> its norm before"""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def is_due(step, every):
-    """Whether what is done every `every` steps (0: never) is due after this step"""
-    return every > 0 and (step + 1) % every == 0
-
-
 # ---------------------------------------------------------------- the log
 
 class Log:
     """One line a step, on the screen and as JSON in log.jsonl"""
 
-    def __init__(self, args, dist):
+    def __init__(self, args, dist, start):
         self.dist, self.steps, self.path = dist, args.steps, Path(args.out) / "log.jsonl"
-        self.began, self.first_step, self.board = time.time(), None, None
+        self.began, self.start, self.board = time.time(), start, None
         if args.tensorboard and dist.first:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -339,8 +322,7 @@ class Log:
     def __call__(self, step, numbers):
         if not self.dist.first:
             return
-        self.first_step = self.first_step or step
-        seconds = (time.time() - self.began) / max(1, step - self.first_step) * (self.steps - step)
+        seconds = (time.time() - self.began) / (step - self.start) * (self.steps - step)
         left = str(timedelta(seconds=int(seconds)))
         append(self.path, [{"step": step, **numbers, "left": left}])
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}

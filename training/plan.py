@@ -78,7 +78,7 @@ def show_libra(args, stage, llm, image_tokenizer=None, **changes):
     sample = example_batch(config, 1, min(args.text_tokens, longest), train_llama)
     flops = flops_of(config, clip_config, train_llama)(token_counts(sample) | {"images": 1})
     weights = libra_weights(config, train_llama) | {"image tokenizer": (tokenizer_costs(clip_config)[0], False)}
-    memory, _ = libra_memory(args, config, clip_config, train_llama, args.nproc, args.memory * 1e9)
+    memory, _ = libra_memory(args, config, clip_config, train_llama)
     title = (f"{stage}: {config.num_hidden_layers} layers of {config.hidden_size}; {args.micro_batch} samples a pass, "
              f"an image of {config.image_tokens} tokens and {args.text_tokens} of text, {longest} at most")
     show(args, title, weights, memory, flops)
@@ -107,7 +107,7 @@ def show_tokenizer(args, trained, discriminator, lpips, forward_backward):
                                   lambda: run_pass(args.micro_batch, lpips))
         with FlopCounterMode(display=False) as counter:
             run_pass(1, None)
-    memory, _ = memory_of(args, weights, {"activations": activations}, args.nproc, torch.float32, 1, args.memory * 1e9)
+    memory, _ = memory_of(args, weights, {"activations": activations}, torch.float32, 1)
     show(args, f"image tokenizer: {args.micro_batch} pictures of {t.config.resolution} pixels a pass", weights,
          f"{memory}\n  counted: LPIPS {'yes' if lpips else 'no, name --vgg and --lpips'}",
          {"all but LPIPS": counter.get_total_flops()})
@@ -303,31 +303,30 @@ def cpu_bytes(trained, frozen, engine, nproc, dtype, offload):
     return training, training + max(checkpoint, (4 + dtype.itemsize) * trained + dtype.itemsize * frozen)
 
 
-def memory_of(args, weights, more, n_gpus, dtype, layers, capacity, engines=("ddp",)):
-    """weights: {part: (number, learns)}; more: {part: bytes of a GPU} -> lines, the first engine that fits `capacity`
-    bytes or None"""
+def memory_of(args, weights, more, dtype, layers, engines=("ddp",)):
+    """weights: {part: (number, learns)}; more: {part: bytes of a GPU} -> lines, the first engine that fits --memory of
+    --gpus, or None"""
     trained, frozen = (sum(n for n, learns in weights.values() if learns == wanted) for wanted in (True, False))
     kept, fits = "recomputed" if args.checkpoint_activations else "kept", None
     lines = [f"GB of a GPU ({args.dtype}, activations {kept}) | of the CPU's memory, all processes"]
     for engine in engines:
-        parts = gpu_bytes(trained, frozen, engine, n_gpus, dtype, layers, args.offload) | more
-        total, cpu = sum(parts.values()), cpu_bytes(trained, frozen, engine, n_gpus, dtype, args.offload)
-        if not fits and total < ROOM * capacity and not (args.offload and engine == "ddp"):
+        parts = gpu_bytes(trained, frozen, engine, args.nproc, dtype, layers, args.offload) | more
+        total, cpu = sum(parts.values()), cpu_bytes(trained, frozen, engine, args.nproc, dtype, args.offload)
+        if not fits and total < ROOM * args.memory * 1e9 and not (args.offload and engine == "ddp"):
             fits = engine
         lines += [f"  {engine:6}{total / 1e9:8.1f} = " + " + ".join(f"{p} {n / 1e9:.1f}" for p, n in parts.items())
                   + f" | {cpu[0] / 1e9:.0f}, while saving {cpu[1] / 1e9:.0f}"]
     advice = "none; a smaller --micro-batch, --checkpoint-activations or --offload need less"
-    return "\n".join([*lines, f"  the first that fits {capacity / 1e9:.4g} GB: {fits or advice}"]), fits
+    return "\n".join([*lines, f"  the first that fits {args.memory:.4g} GB: {fits or advice}"]), fits
 
 
-def libra_memory(args, config, clip_config, train_llama, n_gpus, capacity):
+def libra_memory(args, config, clip_config, train_llama):
     """-> what memory_of returns, for passes of --micro-batch rows of the greatest length"""
     rows, dtype = min(args.micro_batch, 64), DTYPES[args.dtype]                # more are many times the same
     streams = example_batch(config, rows, longest_text(args, config), train_llama)
     activations = activation_bytes(config, streams, train_llama, dtype, args) * args.micro_batch / rows
     more = {"image tokenizer": 4 * tokenizer_costs(clip_config)[0], "activations": activations}
-    return memory_of(args, libra_weights(config, train_llama), more, n_gpus, dtype, config.num_hidden_layers, capacity,
-                     ENGINES)
+    return memory_of(args, libra_weights(config, train_llama), more, dtype, config.num_hidden_layers, ENGINES)
 
 
 def choose_engine(args, dist, model):
@@ -340,8 +339,8 @@ def choose_engine(args, dist, model):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / dist.size
     memory = torch.tensor(float(memory), dtype=torch.float64, device=dist.device)
     torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)      # all must choose the same
-    lines, fits = libra_memory(args, model.config, model.tokenizers.image.config, model.lm_head.weight.requires_grad,
-                               dist.size, float(memory))
+    args.nproc, args.memory = dist.size, float(memory) / 1e9
+    lines, fits = libra_memory(args, model.config, model.tokenizers.image.config, model.lm_head.weight.requires_grad)
     args.engine = fits or "fsdp"
     dist.print0(f"{lines}\n--engine auto: {args.engine}")
 
