@@ -34,7 +34,7 @@ from model import Libra
 from monolithic.shared import Batch, pad
 from tokenizer import ImageTokenizer
 from toy.make import fill, text_rows, write_captions
-from toy.report import score_completions, score_drawings, score_reconstructions
+from toy.report import read_log, score_completions, score_drawings, score_reconstructions
 from toy.world import SHARES, scenes
 
 ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, POPE, SEED
@@ -47,7 +47,7 @@ ROWS = {   # title, option of pretrain.py, the paper's VQAv2, GQA, VizWiz, MME, 
     "f": ("(f) discrete input", ("--discrete-only",), "65.0, 53.1, 38.6, 1127.8, 80.3, 48.5"),
     "g": ("(g) encoder from scratch", (), "67.2, 55.7, 40.6, 1148.4, 80.7, 50.8")}
 COLUMNS = {"questions": 3, "captions": 3, "existence F1": 3, "image loss": 3, "text perplexity": 4, "completed": 3,
-           "drawn": 3, "M weights": 2}                    # digits after the point
+           "drawn": 3, "M weights": 2, "minutes": 1}      # digits after the point
 
 
 def run_tasks(args, tasks):
@@ -92,6 +92,7 @@ def run_row(args, row, seed):
                        "--data", data, "--seed", seed, *args.pretrain, *ROWS[row][1])
     tuned = run_trainer(folder / "sft", "sft.py", "--model", base, "--data", toy / "chats/chat.json", "--images",
                         toy / "chats/images", "--seed", seed, *args.sft)
+    steps = read_log(base / "log.jsonl") + read_log(tuned / "log.jsonl")
     base, tuned = (Libra.from_pretrained(path).eval() for path in (base, tuned))
     questions, annotations, captions, pope = (
         toy / f"eval/held_out_{name}.json" for name in ("questions", "annotations", "captions", "pope"))
@@ -100,6 +101,7 @@ def run_row(args, row, seed):
         "questions": score("exact", [questions, annotations], toy / "eval/images")["score"],
         "captions": score("statements", [captions], toy / "eval")["score"],
         "existence F1": score("pope", [pope], toy / "eval/images")["score"], "text perplexity": map_perplexity(tuned),
+        "minutes": sum(step["seconds"] for step in steps) / 60,
         "M weights": sum(p.numel() for p in tuned.parameters()) / 1e6}
     maps = [attention(tuned, question["question"], [toy / f"eval/images/{question['image_id']:012d}.png"])
             for question in read_json(questions)["questions"][:100]]
