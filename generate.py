@@ -64,7 +64,8 @@ def generate(model, prompts, signal=None, max_new_tokens=128, graphs=True, **sam
         is_image = torch.tensor(in_image)
         if in_image not in steps:                         # one for each pattern of modalities among the rows
             streams = Streams.from_ids(list(tokens[:, None]), c).to(like.device)
-            steps[in_image] = Step(partial(forward, model, streams, None, caches), streams, caches, graphs)
+            steps[in_image] = Step(partial(forward, model, streams, None, caches),
+                                   [streams.text_ids, streams.image_ids], list(caches.values()), graphs)
         hidden = steps[in_image](tokens[~is_image, 0], tokens[is_image] - c.vocab_size)
 
 
@@ -154,8 +155,8 @@ def read_rows(model, rows, max_new_tokens=1, raw=False, history=(), zeroed=False
         return model.read(prompts, signal)
     c, like = model.config, model.lm_head.weight
     room = [tokens_allowed(len(prompt), None, max_new_tokens, c) for prompt in prompts]
-    caches = new_caches(c, prompts, [None] * len(prompts), 0, like)
-    return prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, caches), [caches[TEXT]], room
+    cache = KVCache(c, len(prompts), max(map(len, prompts)), like)
+    return prefill(model, Streams.from_ids(prompts, c).to(like.device), signal, {TEXT: cache}), [cache], room
 
 
 def continue_rows(model, rows, n_rows=32, max_new_tokens=128, raw=False, history=(), zeroed=False, names=None,

@@ -5,7 +5,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from types import SimpleNamespace
 
 import torch
 
@@ -76,8 +75,8 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
             hidden, read_caches, room = read(numbers, asked)
             most = [min(max_new_tokens, tokens) for tokens in room]
             if copy_into_rows(read_caches, caches, rows, n_rows, max(most) + look_every):
-                fed = SimpleNamespace(text_ids=last.clone(), image_ids=last[:0])
-                next_hidden = Step(partial(step, fed.text_ids[:, None], caches), fed, dict(enumerate(caches)), graphs)
+                fed = last.clone()
+                next_hidden = Step(partial(step, fed[:, None], caches), [fed], caches, graphs)
             texts |= {row: (number, [], tokens) for row, number, tokens in zip(rows, numbers, most)}
             n_steps = 0
             rate.read += sum(read_caches[-1].lengths)
@@ -90,7 +89,7 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
             return
         index, numbers, chosen = torch.tensor(rows, device=last.device), [texts[row][0] for row in rows], []
         for _ in range(n_steps or 1):
-            hidden = hidden if new else next_hidden(last, last[:0])[index]
+            hidden = hidden if new else next_hidden(last)[index]
             chosen.append(sampler.choose(head(hidden), numbers))
             last[index] = chosen[-1][0]
         new_ids, largest = (torch.stack(values, dim=1) for values in zip(*chosen))            # (rows, steps)

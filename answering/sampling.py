@@ -93,25 +93,25 @@ class Step:
     """One more token for every row. On a GPU, where starting a thousand small kernels takes longer than they run, the
     step is captured as one CUDA graph and replayed.
 
-    run: a function of no arguments that reads `streams` and `caches` -> hidden states (B, 1, D)
+    run: a function of no arguments that reads `inputs`, a list of tensors, and `caches` -> hidden states (B, 1, D)
     graphs: whether it may be captured
     """
 
-    def __init__(self, run, streams, caches, graphs=True):
-        self.run, self.streams, self.caches, self.calls = run, streams, caches, 0
-        self.capture_at = CAPTURE_AFTER.get(streams.text_ids.device.type) if graphs else None
+    def __init__(self, run, inputs, caches, graphs):
+        self.run, self.inputs, self.caches, self.calls = run, inputs, caches, 0
+        self.capture_at = CAPTURE_AFTER.get(inputs[0].device.type) if graphs else None
 
-    def __call__(self, text_ids, image_ids):
-        """The ids of the rows that are text and image now -> hidden states (B, D)"""
-        self.streams.text_ids.copy_(text_ids)
-        self.streams.image_ids.copy_(image_ids)
+    def __call__(self, *contents):
+        """New contents of the inputs -> hidden states (B, D)"""
+        for tensor, content in zip(self.inputs, contents, strict=True):
+            tensor.copy_(content)                         # in place: a CUDA graph reads them at these addresses
         self.calls += 1
         if self.calls == self.capture_at:
-            for cache in self.caches.values():
+            for cache in self.caches:
                 cache.use_full_buffers()
-            self.run = capture_cuda_graph(self.run, self.streams.text_ids.device)
+            self.run = capture_cuda_graph(self.run, self.inputs[0].device)
         hidden = self.run()[:, 0]
-        for cache in self.caches.values():
+        for cache in self.caches:
             cache.advance([1] * len(hidden))
         return hidden
 
