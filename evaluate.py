@@ -179,7 +179,8 @@ def answer_all(answer_items, items, dist, path, settings):
     asked = [what_is_asked(item) for item in items]
     answers = read_kept(path, settings) if path else {}
     missing = [n for n, key in enumerate(asked) if key not in answers][dist.rank::dist.size]
-    engine.gather_lists([], dist)                         # all have read the kept answers before one writes
+    if dist.size > 1:
+        torch.distributed.barrier()                       # all have read the kept answers before one writes
     own_file = f"{path}.{dist.rank}.jsonl" if path else os.devnull
     with name_in_errors(own_file), open(own_file, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n" + json.dumps(settings) + "\n")    # the last line of an interrupted run may be incomplete

@@ -252,8 +252,8 @@ class Block(nn.Module):
 
 
 def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
-    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers. recompute: the
-    activations in the backward pass"""
+    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers. config: for RoPE;
+    mask: of the prompts, as the blocks take it; recompute: the activations in the backward pass"""
     positions = (0 if cache is None else cache.next_position) + torch.arange(x.shape[1], device=x.device)
     rope, x = rope_tables(config, positions, x.dtype), to_matmul_dtype(x)
     for layer, block in enumerate(layers):

@@ -42,7 +42,7 @@ class Streams:
         if length > config.max_position_embeddings:
             raise UserError(f"a sequence of {length} tokens is longer than max_position_embeddings "
                             f"({config.max_position_embeddings}): shorten its text or show fewer images")
-        flat = torch.cat(ids)                                                           # (n, K)
+        flat = torch.cat(ids)                                                                 # (n, K)
         index = torch.cat([torch.arange(n) + b * length for b, n in enumerate(lengths)])      # (n,)
         image = flat[:, 0] >= config.vocab_size                                               # (n,)
         text_ids, image_ids = flat[~image, 0], flat[image] - config.vocab_size

@@ -10,6 +10,7 @@ gives the data (10 M images) and no recipe; the numbers here are ours.
 """
 import argparse
 import re
+from dataclasses import fields
 from functools import partial
 
 import torch
@@ -151,6 +152,7 @@ LISTS = {"select_layers": "CLIP states that make up the signal; 0: its embedding
 WEIGHTS = (("perceptual", 1.0, "of LPIPS; L1 has weight 1"), ("l2", 0.0, "of the mean squared error"),
            ("clip", 0.0, "of a loss in CLIP's features"), ("entropy", 0.1, "of LFQ's entropy losses"),
            ("disc", 0.8, "of the discriminator's, times an adaptive one"))
+PUBLISHED = {field.name: field.default for field in fields(ImageTokenizerConfig)}
 DEMO = {"select_layers": (1, 3), "embed_dim": 128, "codebook_size": 256, "z_channels": 128, "ch": 32,
         "num_attn_heads": 2, "num_res_blocks": 0, "ch_mult": (1, 1, 2, 2), "attn_resolutions": (7,)}    # for 56 pixels
 
@@ -179,8 +181,7 @@ def options():
 def new_tokenizer(args, clip):
     """clip: sizes of the CLIP. Fills in the sizes that the options left open."""
     grid = clip["image_size"] // clip["patch_size"]
-    # the published sizes are the defaults, which a dataclass has as attributes
-    defaults = vars(ImageTokenizerConfig) | (DEMO if clip["image_size"] == 56 else {}) | {"attn_resolutions": (grid,)}
+    defaults = PUBLISHED | (DEMO if clip["image_size"] == 56 else {}) | {"attn_resolutions": (grid,)}
     for name in (*NUMBERS, *LISTS):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])

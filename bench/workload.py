@@ -1,5 +1,6 @@
 """What is timed: models of several sizes, a training step, decoding. As a script it is one side of `--against FOLDER`:
-it runs the model of the checkout in PYTHONPATH, one repetition for each line that it reads."""
+it runs the model of the checkout in PYTHONPATH, one repetition for each line that it reads. So it uses only what older
+checkouts have too."""
 import sys
 from functools import partial
 
@@ -44,7 +45,7 @@ def new_batch(model, rows, length, images=1):
     c, weight = model.config, model.lm_head.weight
     prompts, loss_masks = zip(*(sequence(c, length, images) for _ in range(rows)))        # different text in each row
     signal = torch.randn(rows * images, c.image_tokens - 2, c.contiguous_signal_size).to(weight) if images else None
-    return list(prompts), Streams.from_ids(prompts, c, loss_masks).to(weight.device), signal
+    return list(prompts), Streams.from_ids(prompts, c, loss_mask=loss_masks).to(weight.device), signal
 
 
 def training_step(model, forward):

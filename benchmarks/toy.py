@@ -2,7 +2,6 @@
 import re
 
 from benchmarks.scores import gqa_match, score_each, summarize
-from toy.world import PLACES, relation_of
 
 
 def score_exact(items, answers):
@@ -24,5 +23,11 @@ def is_true(statement, truth):
     match = re.fullmatch(r"(a \w+ \w+ \w+) (left of|right of|above|below) (a \w+ \w+ \w+)", statement)
     if not match:
         return statement in truth
-    cells = {words: PLACES.index(place) for words, place in (described.split(" in the ") for described in truth)}
-    return match[1] in cells and match[3] in cells and relation_of(cells[match[1]], cells[match[3]]) == match[2]
+    places = dict(described.split(" in the ")[:2] for described in truth)
+    if match[1] not in places or match[3] not in places:
+        return False
+    (row_a, column_a), (row_b, column_b) = places[match[1]].split(), places[match[3]].split()
+    columns = (column_a, column_b) if row_a == row_b else None
+    rows = (row_a, row_b) if column_a == column_b else None
+    return {"left of": columns == ("left", "right"), "right of": columns == ("right", "left"),
+            "above": rows == ("top", "bottom"), "below": rows == ("bottom", "top")}[match[2]]

@@ -44,9 +44,7 @@ class HalfConfig(LlamaConfig):
         super().__post_init__()
         check_divisible(self.hidden_size, self.num_attention_heads, "heads share the hidden size")
         self.grid, self.tiled = self.default_image_size // self.patch_size, "any" in self.image_aspect_ratio
-        side = self.default_image_size
-        self.image_grid_pinpoints = self.image_grid_pinpoints or [            # of 1 x 1 to 1 x 6, ..., 6 x 1 tiles
-            [side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
+        self.image_grid_pinpoints = self.image_grid_pinpoints or shared.published_canvases(self.default_image_size)
         if self.hidden_act not in ACTIVATIONS or self.norm_mode not in NORMS:
             raise UserError(f"no such function: hidden_act {self.hidden_act!r} or norm_mode {self.norm_mode!r}")
         if not self.grid:

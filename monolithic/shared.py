@@ -27,6 +27,11 @@ from tokenizer import MEAN, STD, prepare
 
 # ---------------------------------------------------------------- tiles
 
+def published_canvases(side):
+    """1 x 1 to 1 x 6, 2 x 1 to 2 x 3, ..., 6 x 1 tiles -> 14 (height, width)"""
+    return [[side * r, side * c] for r, most in enumerate((6, 3, 2, 1, 1, 1), 1) for c in range(1, most + 1)]
+
+
 def choose_canvas(width, height, config):
     """-> (height, width) of the canvas that keeps most pixels of a picture, then wastes least"""
     def fit(canvas):
@@ -132,7 +137,7 @@ def pad(rows):
 
 class Batch(NamedTuple):
     ids: torch.Tensor          # (B, L), padded on any side; image_token_index at the places of image tokens
-    starts: torch.Tensor       # (B, L): the first place that sees this token: of an image the first of its tokens
+    starts: torch.Tensor       # (B, L): where it is first seen: in its own place, in an image's first; padding: L
     image_index: torch.Tensor  # (n,) places of the image tokens in the grid of B * L
     order: torch.Tensor        # (n,) which patch stands there, -1 for a newline
     tiles: torch.Tensor        # (tiles of all pictures, 3, S, S)
@@ -359,7 +364,7 @@ def read(model, prompts, pictures=()):
     lengths = model.row_lengths(rows)
     room = [min(half.max_position_embeddings - n for half, n in zip(model.halves, row)) for row in zip(*lengths)]
     if min(room) < 1:
-        raise UserError(f"the prompt has {1 - min(room)} tokens more than the model takes: too little room is left")
+        raise UserError(f"the prompt is too long by {1 - min(room)} tokens: too little room is left for an answer")
     batch = Batch.build(*pad(rows), ready, config).to(weight.device)
     caches = [KVCache(half, len(rows), max(half_lengths), weight) for half_lengths, half in zip(lengths, model.halves)]
     last = model.hidden(batch.ids, batch, caches)[torch.arange(len(rows)), torch.tensor(lengths[-1]) - 1]

@@ -225,6 +225,7 @@ def test_captions_that_are_none(value, tmp_path):
 def test_swapped_is_another_picture():
     items = [{"image": name} for name in "aaabbc"]
     assert evaluate.swapped_images(items) == list("bbbcca")
+    assert evaluate.swapped_images([{"image": name} for name in "abac"]) == list("bcba")
     with pytest.raises(UserError, match="one picture"):
         evaluate.swapped_images(items[:2])
 

@@ -17,10 +17,11 @@ from common.weights import read_json, write_json
 from evaluate import evaluate
 from generate import answer, draw
 from model import Libra
+from streams import Streams
 from toy.ablate import mean_cell, options, results_of, run_table, run_tasks, run_trainer
 from toy.report import read_log, score_drawings
 from toy.smollm2 import fetch
-from toy.world import KINDS
+from toy.world import DESCRIBE, KINDS
 
 ROWS = {"libra": ("Libra", ()), "d": ("(d) no expert", ("--no-expert",)), "e": ("(e) no bridge", ("--no-bridge",))}
 STAGES = {"pretrain": "pretrained", "frozen": "tuned, LLM frozen", "tuned": "all tuned"}
@@ -40,7 +41,8 @@ COLUMNS = {"captions": 3, "questions": 3, "another picture": 3, **dict.fromkeys(
 
 
 def run_row(args, row, seed):
-    """The stages of a row that are not finished. Tuning with the LLM frozen is for Libra alone"""
+    """The stages of a row that are not finished. Only Libra is tuned with the LLM frozen: the text is then the LLM's in
+    any row"""
     for stage in STAGES if row == "libra" else ("pretrain", "tuned"):
         if not (args.out / f"{row}-{seed}/{stage}.json").exists():
             run_stage(args, row, seed, stage)
@@ -62,7 +64,7 @@ def run_stage(args, row, seed, stage):
     result["own answers"] = sum(a == b for a, b in zip(result["answers"], base["answers"]))
     result["minutes"] = sum(line["seconds"] for line in read_log(folder / stage / "log.jsonl")) / 60
     result["captions"] = evaluate(model, "statements", [held_out / "held_out_captions.json"], held_out,
-                                  "" if stage == "pretrain" else None, batch=16, limit=args.limit)["score"]
+                                  "" if stage == "pretrain" else DESCRIBE, batch=16, limit=args.limit)["score"]
     if stage == "pretrain":
         result["drawn"] = score_drawings(model, min(100, args.limit), seed)[0]["colour_shape"]
     else:
@@ -85,13 +87,17 @@ def text_scores(model, packages):
 
 
 @torch.no_grad()
-def book_perplexity(model, text):
-    """exp of the mean loss of all tokens of a text but the first of each stretch of 512"""
-    losses = []
-    for part in torch.tensor(model.tokenizers.text.plain(text)).split(512):
-        logits = model.lm_head(model.hidden_states(part[None])[0, :-1])
-        losses.append(torch.nn.functional.cross_entropy(logits, part[1:], reduction="none"))
-    return float(torch.cat(losses).mean().exp())
+def book_perplexity(model, text, length=512):
+    """exp of the mean loss of all tokens of a text but the first of each stretch of `length`"""
+    ids = torch.tensor(model.tokenizers.text.plain(text))
+    total = count = 0
+    for part in ids.split(length):
+        ids_of_codebooks = part[:, None].expand(-1, model.config.vision_codebook_num)
+        loss_mask = torch.ones(len(part), dtype=torch.bool)
+        loss_mask[0] = False
+        total += model(Streams.from_ids([ids_of_codebooks], model.config, loss_mask=[loss_mask]))[0].item()
+        count += len(part) - 1
+    return float(torch.tensor(total / count).exp())
 
 
 def run_all(args):

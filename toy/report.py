@@ -174,9 +174,9 @@ def read_log(path):
 
 def print_mean(folders):
     """The bars of several finished reports, mean and range, printed and added to the first report.json"""
-    tables, seeds = [bars(read_json(require_path(folder / "report.json"))) for folder in folders], {}
+    tables, seeds = [read_json(require_path(folder / "report.json"))["bars"] for folder in folders], {}
     for rows in zip(*tables):
-        (name, _, bar), values = rows[0], [value for _, value, _ in rows]
+        name, bar, values = rows[0]["what"], rows[0]["bar"], [row["value"] for row in rows]
         seeds[name] = {"mean": sum(values) / len(values), "values": values, "bar": bar}
         print(f"{name:48} {seeds[name]['mean']:7.3f}   {min(values):.3f} to {max(values):.3f}   bar {bar}")
     write_json(folders[0] / "report.json", read_json(folders[0] / "report.json") | {"seeds": seeds})
@@ -203,7 +203,7 @@ def main():
     numbers["foreign"] = {"right": round(result["score"] * result["answered"]), "asked": result["answered"]}
     numbers["captions"] = {name: evaluate(model, "statements", [held_out / "held_out_captions.json"], held_out, prompt,
                                           batch=64, limit=limit or 600)["score"]
-                           for name, model, prompt in (("pretrained", base, ""), ("tuned", tuned, None))}
+                           for name, model, prompt in (("pretrained", base, ""), ("tuned", tuned, world.DESCRIBE))}
     numbers["reconstruction"] = score_reconstructions(base.tokenizers.image, max(50, 10 * limit or 2000), args.seed)
     numbers["drawing"], captions, drawn = score_drawings(base, limit or 200, args.seed)
     numbers["completion"], given, completed = score_completions(base, max(50, (limit or 200) // 2), args.seed)

@@ -114,7 +114,7 @@ def caption(scene, random):
     """All objects with their places; or, for one scene in five, how two of them stand to each other"""
     if len(scene) > 1 and random.random() < 0.2:
         for a, b in random.permutation(list(itertools.permutations(range(len(scene)), 2))):
-            if relation := relation_of(scene[a][3], scene[b][3]):
+            if relation := relation_of(scene[a], scene[b]):
                 return f"a {' '.join(scene[a][:3])} {relation} a {' '.join(scene[b][:3])}"
     return full_caption(scene)
 
@@ -124,8 +124,8 @@ def full_caption(scene):
 
 
 def relation_of(a, b):
-    """How what is in cell a stands to what is in cell b if they share a row or a column of the grid, else None"""
-    (row_a, column_a), (row_b, column_b) = divmod(a, 2), divmod(b, 2)
+    """How object a stands to object b if they share a row or a column of the grid, else None"""
+    (row_a, column_a), (row_b, column_b) = divmod(a[3], 2), divmod(b[3], 2)
     return RELATIONS.get((row_a - row_b, column_a - column_b))
 
 
@@ -150,7 +150,7 @@ def questions(scene, random, short_names=0.0):
         asked["size"].append((f"How large is the {name}?", size))
         asked["where"].append((f"Where is the {name}?", PLACES[cell]))
         for side in RELATIONS.values():
-            answers = [f"a {other[1]} {other[2]}" for other in scene if relation_of(other[3], cell) == side]
+            answers = [f"a {other[1]} {other[2]}" for other in scene if relation_of(other, obj) == side]
             if answers or random.random() < 0.15:
                 asked["relation"].append((f"What is {side} the {name}?", (answers or ["nothing"])[0]))
         absent = [(other, shape) for other in COLOURS] + [(colour, other) for other in SHAPES]

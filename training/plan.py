@@ -339,8 +339,8 @@ def choose_engine(args, dist, model):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / dist.size
     memory = torch.tensor(float(memory), dtype=torch.float64, device=dist.device)
     torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)      # all must choose the same
-    args.nproc, args.memory = dist.size, float(memory) / 1e9
-    lines, fits = libra_memory(args, model.config, model.tokenizers.image.config, model.lm_head.weight.requires_grad)
+    here = argparse.Namespace(**vars(args) | {"nproc": dist.size, "memory": float(memory) / 1e9})
+    lines, fits = libra_memory(here, model.config, model.tokenizers.image.config, model.lm_head.weight.requires_grad)
     args.engine = fits or "fsdp"
     dist.print0(f"{lines}\n--engine auto: {args.engine}")
 
