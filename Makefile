@@ -32,8 +32,8 @@ PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text
 	--val-data $(TOY)/eval/held_out_captions.json --images $(TOY)/eval --val-every 550
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0 --val-data $(TOY)/chats/held_out.json --val-every 250
 
-# SmolLM2, in bfloat16: on CPUs without its products LLM_DTYPE=float32 is faster
-LLM_DTYPE ?= bfloat16
+# SmolLM2; on a CPU with fast products of bfloat16 (AMX) LLM_DTYPE=bfloat16 may be faster
+LLM_DTYPE ?= float32
 LLM = --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) --save-every 100 --sample-every 0
 LLM_PRETRAIN = $(LLM) --batch 8 --steps 700 --lr 1e-3 --text-to-image 0.35
 LLM_FROZEN = $(LLM) --batch 4 --steps 1300 --lr 5e-4
