@@ -219,8 +219,7 @@ def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(),
 
 def ask(model, images, question, max_new_tokens=128, **sampling):
     """images: a file, a PIL image, a list of them, or None -> the answer. sampling: as generate takes it"""
-    if not isinstance(images, (list, tuple)):
-        images = [] if images is None else [images]
+    images = images if isinstance(images, (list, tuple)) else [images] * (images is not None)
     return answer(model, [(question, images)], max_new_tokens, **sampling)[0][0]
 
 

@@ -1,1 +1,1 @@
-"""What generate.py and evaluate.py answer with: sampling, batches, the page and the chat in the terminal."""
+"""How generate.py and evaluate.py answer: sampling, batches of rows, the page, the chat in the terminal."""

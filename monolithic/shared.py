@@ -137,7 +137,7 @@ def pad(rows):
 
 class Batch(NamedTuple):
     ids: torch.Tensor          # (B, L), padded on any side; image_token_index at the places of image tokens
-    starts: torch.Tensor       # (B, L): where it is first seen: in its own place, in an image's first; padding: L
+    starts: torch.Tensor       # (B, L): the first query that sees it: itself, or its image's first; padding: L
     image_index: torch.Tensor  # (n,) places of the image tokens in the grid of B * L
     order: torch.Tensor        # (n,) which patch stands there, -1 for a newline
     tiles: torch.Tensor        # (tiles of all pictures, 3, S, S)
