@@ -32,12 +32,14 @@ PRETRAIN = --steps 1100 --batch 32 --warmup 60 --lr 2e-3 --weight-decay 0 --text
 	--val-data $(TOY)/eval/held_out_captions.json --images $(TOY)/eval --val-every 550
 SFT = --steps 1000 --batch 16 --warmup 60 --lr 1.5e-3 --weight-decay 0 --val-data $(TOY)/chats/held_out.json --val-every 250
 
-# SmolLM2; on a CPU with fast products of bfloat16 (AMX) LLM_DTYPE=bfloat16 may be faster
+# SmolLM2; on a CPU with fast products of bfloat16 (AMX) LLM_DTYPE=bfloat16 may be faster. Where there is no C++
+# compiler LLM_COMPILE= leaves --compile out, and a step takes an eighth longer
 LLM_DTYPE ?= float32
-LLM = --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) --save-every 100 --sample-every 0
+LLM_COMPILE ?= --compile
+LLM = --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) $(LLM_COMPILE) --save-every 100 --sample-every 0
 LLM_PRETRAIN = $(LLM) --batch 8 --steps 700 --lr 1e-3 --text-to-image 0.35
-LLM_FROZEN = $(LLM) --batch 4 --steps 1300 --lr 5e-4
-LLM_TUNED = $(LLM) --batch 4 --steps 700 --lr 2e-4
+LLM_FROZEN = $(LLM) --batch 4 --steps 1000 --lr 5e-4
+LLM_TUNED = $(LLM) --batch 4 --steps 600 --lr 2e-4
 
 # A GPU that happens to be there would take the demo, in bfloat16
 DEVICE ?= cpu
