@@ -115,7 +115,7 @@ class BadSample(Exception):
 
 
 def read_sample(source, place):
-    """-> name, caption or conversation, list of PIL images"""
+    """place: one that list_shard gives. -> name, caption or conversation, list of PIL images. Raises BadSample"""
     name, words, files = (read_tar if source.kind == "tar" else read_entry)(source, *place[1:])
     try:
         return name, words, [open_image(file) for file in files]
@@ -124,6 +124,7 @@ def read_sample(source, place):
 
 
 def read_tar(source, name, files):
+    """files: {ending: (offset, size)} -> name, caption (text, list or None), [picture]"""
     # the caption's file may have a compound ending (0.caption.txt), the picture's too (0.input.jpg)
     last = {ending.rpartition(".")[2]: ending for ending in reversed(files)} | {ending: ending for ending in files}
     picture = next((last[ending] for ending in PICTURES if ending in last), None)
@@ -168,14 +169,13 @@ def read_entry(source, index):
 
 
 def words_of(text):
-    """-> at most 64 words in lower case, '*', '#', '~' left out; of what is no text none"""
+    """-> at most 64 words in lower case, without '*', '#' and '~'; [] for what is not text"""
     is_text = isinstance(text, str) and "\0" not in text  # UTF-16 and UTF-32 without a mark have zeros
     return re.sub(r"[*#~]", " ", text.lower()).split()[:64] if is_text else []
 
 
 def clean_caption(caption, name, seed, epoch):
-    """The words of a caption with a blank between them. A list stands for one of its captions, drawn anew in every
-    epoch; what has no words is no caption."""
+    """The words of a caption, joined by blanks. Of a list, one is chosen anew in every epoch. BadSample: no words"""
     texts = [words for text in (caption if isinstance(caption, list) else [caption]) if (words := words_of(text))]
     if not texts:
         raise BadSample("no_caption", name)
@@ -215,7 +215,7 @@ class SampleBuilder:
     max_length: int
     seed: int = 0
     text_to_image: float = 0.0     # share of captions that stand before their image, drawn without E_c (Sec. 4.3)
-    caption_end: bool = True       # </s> behind captions
+    caption_end: bool = True       # </s> after captions
     image_loss: bool = True        # False: image tokens are no targets, Table 3 (a)
 
     def __post_init__(self):
@@ -261,7 +261,7 @@ class Batch(NamedTuple):
     pixels: torch.Tensor           # (n_images, 3, R, R)
     drawn: torch.Tensor            # (n_images,) bool: images without E_c
     names: list
-    listed: list                   # (cause, name, file) of bad samples
+    bad: list                      # (cause, name, file) of samples that cannot be used
 
     def to(self, device):
         pixels, drawn = (t.to(device, non_blocking=True) for t in (self.pixels, self.drawn))
@@ -290,7 +290,7 @@ class SampleDataset(torch.utils.data.Dataset):
     def collate(self, items):
         bad = [item.args for item in items if isinstance(item, BadSample)]
         samples = [item for item in items if not isinstance(item, BadSample)]
-        if hasattr(self.builder, "collate"):              # of a model that reads other batches than Libra's
+        if hasattr(self.builder, "collate"):              # the builders of monolithic/ make their own batches
             return self.builder.collate(samples, bad)
         c, r, streams = self.builder.config, self.builder.resolution, None
         if c:
@@ -385,8 +385,10 @@ def bracketed(text, ids, loss_mask):
 def main():
     parser = argparse.ArgumentParser(description=inspect_files.__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", help="as --data of the trainers takes them")
-    parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images", help="of the pictures that JSON names")
-    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama", help="with its tokenizer and config.json")
+    parser.add_argument("--images", metavar="DIR", default=TOY / "chats/images",
+                        help="folder of the pictures that JSON names")
+    parser.add_argument("--llm", metavar="DIR", default=TOY / "llama",
+                        help="folder of the LLM: its tokenizer and config.json")
     parser.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: that of --llm, or vicuna")
     parser.add_argument("--limit", type=POSITIVE, default=1000, metavar="N", help="samples read of each file")
     parser.add_argument("--max-length", type=POSITIVE, default=2048, help="tokens at which samples are cut")

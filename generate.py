@@ -43,8 +43,8 @@ def generate(model, prompts, signal=None, max_new_tokens=128, graphs=True, **sam
     """Continue prompts, each (L, K) ids as text.expand_images makes them. Yields (B, K) tokens on the CPU.
 
     The place of a token, never its id, decides what may follow: after BOI and inside an image a code from each
-    codebook's head; after G*G codes EOI; after EOI the newline; else text. It ends with the positions of the longest
-    row. For answers, which end, see answer_rows. sampling: see Sampler.
+    codebook's head; after G*G codes EOI; after EOI the newline; else text. It stops when the longest row has used all
+    positions. For answers, which end, see answer_rows. sampling: see Sampler.
     """
     c, like = model.config, model.lm_head.weight
     if not len(prompts) or max_new_tokens < 1 or not min(len(prompt) for prompt in prompts):
@@ -80,7 +80,7 @@ def tokens_allowed(length, place, wanted, config):
 
 
 def new_caches(config, prompts, places, max_new_tokens, like):
-    """One cache for each modality that will query it: text behind an image needs the keys only as text queries see
+    """One cache for each modality that will query it: text after an image needs the keys only as text queries see
     them, so its cache is as large as a plain LLaMA's. Without a bridge both modalities see the same keys."""
     last_code = config.image_tokens - 2
     draws = [place is not None and place <= last_code for place in places]
@@ -99,7 +99,7 @@ def prefill(model, streams, signal, caches):
 
 
 def forward(model, streams, signal, caches):
-    """-> hidden states (B, L, D). Text alone goes through the plain LLaMA; it will never need an image's view again."""
+    """-> hidden states (B, L, D). Text alone goes through the plain LLaMA: no image follows that would query it."""
     if len(streams.image_ids):
         return streams.merge(*model.hidden(streams, signal, caches))
     return model.hidden_states(streams.padded_text(), caches[TEXT])
@@ -108,7 +108,7 @@ def forward(model, streams, signal, caches):
 # ---------------------------------------------------------------- from pictures and words to answers and pictures
 
 def prepare_picture(model, picture, n_pictures=1, square=True):
-    """A file, bytes or a PIL image, one of n in a prompt -> pixels; for others than Libra tiles and their order"""
+    """One picture of n in a prompt -> pixels (3, R, R); for other models than Libra (tiles, order), see monolithic/"""
     if isinstance(model, Libra):
         return prepare(open_image(picture), model.tokenizers.image.config.resolution, square)
     return model.config.prepare(open_image(picture), n_pictures)
@@ -127,12 +127,12 @@ def encode_images(model, images, square=True, zeroed=False):
 
 
 def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
-    """Rows as `answer` takes them -> prompts, each (L, K), and the signal; for others than Libra ids and pictures"""
+    """Rows as `answer` takes them -> prompts (L, K) each, signal; for other models than Libra ids, pictures"""
     text, prompts, is_libra = model.tokenizers.text, [], isinstance(model, Libra)
     shown = [picture for _, pictures in rows for picture in pictures]
-    signal = [Image.new("RGB", (64, 64))] * len(shown) if zeroed else shown
+    inputs = [Image.new("RGB", (64, 64))] * len(shown) if zeroed else shown
     if is_libra:
-        codes, signal = encode_images(model, shown, zeroed=zeroed)
+        codes, inputs = encode_images(model, shown, zeroed=zeroed)
         codes = iter(codes)
     for question, pictures in rows:
         new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
@@ -145,7 +145,7 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
         if is_libra:
             ids = expand_images(ids, [0] * len(ids), [next(codes) for _ in pictures], model.config)[0]
         prompts.append(ids)
-    return prompts, signal
+    return prompts, inputs
 
 
 def read_rows(model, rows, max_new_tokens=1, raw=False, history=(), zeroed=False):
@@ -161,7 +161,7 @@ def read_rows(model, rows, max_new_tokens=1, raw=False, history=(), zeroed=False
 
 def continue_rows(model, rows, n_rows=32, max_new_tokens=128, raw=False, history=(), zeroed=False, names=None,
                   rate=None, graphs=True, **sampling):
-    """Rows as `answer` takes them, so many at a time. Yields (number of a row, its ids so far, whether they have
+    """Rows as `answer` takes them, n_rows at a time. Yields (number of a row, its ids so far, whether they have
     ended). names: of the rows, for errors; rate: a Rate to add to; the rest: as `answer` and Sampler take it"""
     text, head = model.tokenizers.text, model.lm_head.weight
     step = lambda ids, caches: model.hidden_states(ids, *caches)
@@ -196,8 +196,8 @@ def answer_rows(model, rows, n_rows=32, max_new_tokens=128, out=None, **how):
 
 
 def answer(model, rows, max_new_tokens=128, raw=False, out=None, **how):
-    """rows: (question, pictures), where None continues the pictures as in pretraining, without a chat -> for each row
-    its answer, the number of tokens, and whether it was cut because the positions end
+    """rows: (question, pictures); a question None continues the pictures as in pretraining -> for each row its answer,
+    the number of tokens, and whether it was cut because the positions end
 
     raw: no chat, the question itself is continued; out: a file for the words of one row as they come; how: history,
     earlier turns (question, number of pictures, answer), whose pictures come first in a row; zeroed: hide all pictures
@@ -232,7 +232,7 @@ def draw(model, texts, **sampling):
 
 def complete(model, images, rows, **sampling):
     """`<s> BOI` and the codes of the upper rows of real pictures; the rest is drawn (Fig. 3a), E_c = 0. Training draws
-    behind captions only, so a model trained to draw gets an empty caption. -> list of PIL images"""
+    after captions only, so a model trained to draw gets an empty caption. -> list of PIL images"""
     text, grid = model.tokenizers.text, model.config.image_feature_resolution
     if not 0 < rows < grid:
         raise UserError(f"--rows {rows}: a picture has {grid} rows of tokens, give 1 to {grid - 1}")
@@ -273,7 +273,7 @@ def attention(model, question, images, raw=False, history=()):
         for layer in layers:
             layer.recorded_maps = None
     codes = ids[:, 0] - model.config.vocab_size
-    is_code = (codes >= 0) & (codes < model.config.codes)                                     # neither BOI nor EOI
+    is_code = (codes >= 0) & (codes < model.config.n_codes)                                     # neither BOI nor EOI
     return torch.stack([m[:, :, -1, is_code] for m in maps]).float().cpu()
 
 
@@ -290,12 +290,12 @@ def options():
     g = parser.add_argument_group("what to do")
     g.add_argument("--model", metavar="DIR", default=cli.TOY / "sft", help="model folder, ours or published")
     g.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture to ask about; repeatable")
-    g.add_argument("--batch", metavar="FILE", help="JSON lines with question and perhaps image; with answers they go "
-                   "to --out, where a line's own `answer` becomes `given_answer`")
+    g.add_argument("--batch", metavar="FILE", help="JSON lines with a question and, if any, an image; --out gets "
+                   "them with answers (an `answer` that is there becomes `given_answer`)")
     g.add_argument("--caption", metavar="FILE", help="describe a picture as pretraining does, without a template")
     g.add_argument("--draw", metavar="TEXT", help="draw what a text says")
     g.add_argument("--complete", metavar="FILE", help="draw a picture's lower part anew")
-    g.add_argument("--rows", type=cli.NATURAL, default=0, help="rows of tokens of the picture that are given; 0: half")
+    g.add_argument("--rows", type=cli.NATURAL, default=0, help="upper rows of tokens that --complete keeps; 0: half")
     g.add_argument("--reconstruct", metavar="FILE", help="a picture beside its reconstruction from ids, and the PSNR")
     g.add_argument("--attention", type=cli.writable_file, metavar="FILE", help="with one --image and a question: "
                    "heat maps of each layer's attention on the picture before the answer, and Fig. 7's differences")
@@ -339,7 +339,8 @@ def main():
              open_model(args.model, device, args.dtype, args.weights, args.save))
     needs_libra = any(option is not None for option in (args.draw, args.complete, args.attention))
     if needs_libra and not isinstance(model, Libra):
-        raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; --draw, ... need a Libra")
+        raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; --draw, --complete and "
+                        "--attention need a Libra")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
                 "graphs": not args.no_graphs}
     picture = None

@@ -70,8 +70,8 @@ def rope_tables(config, positions, dtype):
 
 
 def scale_rope(frequencies, scaling):
-    """Longer contexts by lower frequencies: all of them (linear), or only those of waves longer than the context that
-    the model was first trained on (llama3), with a slope between the two."""
+    """frequencies (d/2,), lowered for longer contexts: all by `factor` (linear), or (llama3) those with fewer than
+    `low_freq_factor` waves in the first training's context; none with more than high_freq_factor; between, a slope"""
     if not scaling:
         return frequencies
     if scaling["rope_type"] == "linear":
@@ -201,7 +201,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    attention = staticmethod(causal_attention)            # HaploVL's takes a mask that is no tensor
+    attention = staticmethod(causal_attention)            # HaploVL's mask may be a list of segments
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +216,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)                    # (B, heads, L, d)
 
     def forward(self, x, rope, cache=None, layer=0, mask=None):
-        """x (B, L, D) -> (B, L, D). mask: of the prompts; None: causal, or the cache's mask"""
+        """x (B, L, D) -> (B, L, D). mask: for the prompts; None: causal, or the cache's"""
         q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
@@ -252,8 +252,8 @@ class Block(nn.Module):
 
 
 def run_layers(x, layers, config, cache=None, mask=None, recompute=False):
-    """x (B, L, D), of prompts or, behind a cache, of one token a row -> the same through the layers. config: for RoPE;
-    mask: of the prompts, as the blocks take it; recompute: the activations in the backward pass"""
+    """x (B, L, D): the prompts or, with prompts in the cache, one token a row -> (B, L, D) after all layers. config:
+    for RoPE; mask: for the prompts, as the blocks take it; recompute: the activations in the backward pass"""
     positions = (0 if cache is None else cache.next_position) + torch.arange(x.shape[1], device=x.device)
     rope, x = rope_tables(config, positions, x.dtype), to_matmul_dtype(x)
     for layer, block in enumerate(layers):

@@ -48,7 +48,7 @@ class LibraConfig(llama.LlamaConfig):
             check_divisible(size, self.vision_down_ratio, "an expert matrix has rank output size / vision_down_ratio")
 
     @property
-    def codes(self):
+    def n_codes(self):
         return self.vision_vocab_size - 2                 # N; BOI is code N, EOI is N + 1
 
     @property
@@ -82,7 +82,7 @@ def plain_attention(q, views, is_image, mask=None):
 
 
 def fast_attention(q, views, streams, mask=None):
-    """The same without a matrix of scores, on torch's fused kernels. Shapes as in plain_attention.
+    """Its outputs alone, without a matrix of scores, on torch's fused kernels. Shapes as in plain_attention.
 
     If all rows have their images at the same places, as in pretraining: one causal call that ends with the last image,
     for the image queries, and one call for the text queries alone. Any other batch: two causal calls.
@@ -193,8 +193,8 @@ class LibraBlock(llama.Block):
         add_expert(self, config, ("input_layernorm", "post_attention_layernorm"))
 
     def forward(self, x, rope, cache=None, layer=0, streams=None):
-        """x: text (n_text, D) and image (n_image, D) with their streams; or, without, (B, L, D): text alone, for which
-        the layer is the LLaMA's."""
+        """x: text (n_text, D) and image (n_image, D) with their streams, cache: {modality: KVCache}; or, without
+        streams, (B, L, D) and one KVCache: text alone, for which the layer is the LLaMA's."""
         if streams is None:
             return super().forward(x, rope, cache, layer)
         text, image = x
@@ -287,14 +287,14 @@ class Libra(llama.Llama):
         if self.config.contiguous_targets:
             return text_loss, self.regression_loss(image, streams, signal).expand(self.config.vision_codebook_num)
         rows = streams.image_rows
-        targets = streams.image_ids[rows + 1]                                                 # (m_image, K)
+        targets = streams.image_ids[rows + 1]                                                 # (targets, K)
         return text_loss, torch.stack([cross_entropy(head, image[rows], targets[:, k])
                                        for k, head in enumerate(self.vision_lm_head.heads)])
 
     def regression_loss(self, image, streams, signal):
         """Table 3 (b): the sum over counted targets of the mean squared error against the next token's E_c, normalised
         per token. EOI and images without E_c are no targets."""
-        rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.codes]
+        rows = streams.image_rows[streams.image_ids[streams.image_rows + 1, 0] < self.config.n_codes]
         if signal is None:
             signal = image.new_zeros(len(image), self.config.contiguous_signal_size)
         target = streams.signal_by_token(signal)[rows + 1].float()
@@ -303,7 +303,7 @@ class Libra(llama.Llama):
         return (error.square().mean(-1) * target.any(-1)).sum() + 0 * unused
 
     def loss(self, streams, signal=None):
-        """Eq. 6, 8: the mean over all counted tokens; an image token counts the mean of its K codebook losses."""
+        """Eq. 6 and Eq. 8: the mean over counted tokens; an image token counts the mean of its K codebook losses."""
         text, image = self(streams, signal)
         return (text + image.mean()) / (len(streams.text_rows) + len(streams.image_rows))
 
@@ -349,7 +349,7 @@ class Libra(llama.Llama):
 
 def cross_entropy(head, hidden, targets, rows_at_once=2048):
     """The sum over (n, D) hidden states. More than `rows_at_once` are computed in parts, and again in the backward
-    pass: the logits of a token, 32,000 floats, are more than all that a layer keeps of it."""
+    pass: the logits of a token are 32,000 floats, its hidden state only 4,096."""
     def part(hidden, targets):
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     if len(hidden) <= rows_at_once:

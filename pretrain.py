@@ -27,7 +27,7 @@ from tokenizer import to_picture, to_rgb
 from training import engine, plan
 from training.checkpoints import Checkpoints, Stop, fingerprint
 
-TEMPLATE_HELP = "of chats: the paper's, or the LLM's own (Llama 2, Llama 3, ChatML); None: the model's, at first vicuna"
+TEMPLATE_HELP = "of chats: the paper's, or the LLM's own (Llama 2, Llama 3, ChatML); None: the model's, or vicuna"
 
 
 def options():
@@ -60,7 +60,7 @@ def main():
              "use_expert": not args.no_expert, "use_bridge": not (args.no_expert or args.no_bridge),
              "discrete_only": args.discrete_only, "contiguous_targets": args.contiguous_targets}
     refuse_other_sizes(args.llm, sizes)
-    if args.text_to_image:                                # a Libra that can draw stays one
+    if args.text_to_image:                                # never set to False: a Libra that can draw stays able to
         sizes["text_to_image"] = True
     if args.template:                                     # else a Libra keeps its own
         sizes["chat_template"] = args.template
@@ -219,7 +219,7 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
 
 
 def counts_of(batch, counts):
-    return {"samples": len(batch.names), "bad": len(batch.listed), **counts(batch)}
+    return {"samples": len(batch.names), "bad": len(batch.bad), **counts(batch)}
 
 
 def sum_counts(rows, dist):

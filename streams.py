@@ -36,7 +36,7 @@ class Streams:
     @classmethod
     def from_ids(cls, ids, config, loss_mask=None):
         """ids: a list of (l, K) tensors; image ids are offset by V, text ids are repeated in all K columns. loss_mask:
-        (l,) bools, the targets of the loss. UserError: an id out of range, a row too long, a target that has no head"""
+        a list of (l,) bools, True at targets. UserError: an id out of range, a row too long, a target without a head"""
         lengths = [len(row) for row in ids]
         length = max(lengths)
         if length > config.max_position_embeddings:
@@ -100,7 +100,7 @@ class Streams:
 
 def target_rows(loss_mask, image, lengths):
     """loss_mask: list of (l,) or None; image (n,) bool over all tokens -> rows of the text and of the image stream
-    whose next token is a counted target. It must be of their modality, which chooses the head."""
+    whose next token is a counted target. Both must be of one modality: it chooses the head."""
     if loss_mask is None:
         return torch.zeros(2, 0, dtype=torch.long)
     target = torch.cat(loss_mask).nonzero()[:, 0]

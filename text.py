@@ -35,8 +35,8 @@ SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "generation_confi
 
 
 class Text:
-    """SentencePiece (LLaMA 1 and 2, Vicuna). The text before an image, after it, and after </s> is encoded each on its
-    own. start: the ids that begin a sequence; ends: those that end an answer, `eos` first."""
+    """SentencePiece (LLaMA 1 and 2, Vicuna). The texts before an image, after it and after </s> are each encoded
+    alone. start: the ids that begin a sequence; ends: those that end an answer, `eos` first."""
     template, begins_chat = "vicuna", True                # does `start` stand before a chat too?
 
     def __init__(self, path):
@@ -76,7 +76,7 @@ class Text:
         return name
 
     def id_of(self, token):
-        """Of a control token -> id or None. tokenizer_config.json may have named a spare piece anew (InternLM2)."""
+        """Of a control token -> id or None. tokenizer_config.json may rename a spare piece (InternLM2)."""
         for found, entry in self.added.items() if isinstance(self.added, dict) else ():
             if isinstance(entry, dict) and entry.get("content") == token and found.isdecimal():
                 return int(found) if int(found) < self.vocab_size else None
@@ -98,8 +98,8 @@ class Text:
         return ids[1:] if ids[0] == self.blank else ids
 
     def _turn(self, opening, question, closing, n_images):
-        """A turn up to its answer. The question is encoded with the words before it, whose newline may join its own;
-        control tokens that it spells stay text."""
+        """A turn up to its answer. The question is encoded together with the words before it: their last newline may
+        form one token with the question's first. Control tokens that the question spells stay text."""
         marked = self.template in ENDS                    # the template begins and ends its turns with control tokens
         before, mark, role = opening.rpartition("|>") if marked else ("", "", opening)
         text, closing = (question, closing) if marked else (question + closing, "")
@@ -136,7 +136,7 @@ class Text:
         ids = list(self.start) if self.begins_chat else []
         loss_mask = [0] * len(ids)
         for turn, (question, n_images, answer) in enumerate(turns):
-            opening = later if turn else first.format(system) if system else later.lstrip("\n")   # which ends an answer
+            opening = later if turn else first.format(system) if system else later.lstrip("\n")   # "\n" ends an answer
             if self.template == "llama3":                 # as its own template does
                 question, answer = question.strip(), answer if answer is None else answer.strip()
             prompt, target = self._turn(opening, question, closing, n_images), []
@@ -257,13 +257,13 @@ def expand_images(ids, loss_mask, images, config):
     """Replace each IMG by the ids of its image. images: a (G*G, K) tensor of codes for each. Image ids are offset by V,
     text ids stand in all K columns, as in the published code. -> ids (L, K) long, loss_mask (L,) bool"""
     assert ids.count(IMG) == len(images)
-    rows, labels, images = [], [], iter(images)
-    boi = torch.full((1, config.vision_codebook_num), config.vocab_size + config.codes)       # EOI is BOI + 1
+    rows, targets, images = [], [], iter(images)
+    boi = torch.full((1, config.vision_codebook_num), config.vocab_size + config.n_codes)       # EOI is BOI + 1
     for token, label in zip(ids, loss_mask):
         if token == IMG:
             rows.append(torch.cat([boi, next(images) + config.vocab_size, boi + 1]))
-            labels += [0] + [label] * (len(rows[-1]) - 1)                                     # BOI is never a target
+            targets += [0] + [label] * (len(rows[-1]) - 1)                                    # BOI is never a target
         else:
             rows.append(torch.full_like(boi, token))
-            labels.append(label)
-    return torch.cat(rows), torch.tensor(labels, dtype=torch.bool)
+            targets.append(label)
+    return torch.cat(rows), torch.tensor(targets, dtype=torch.bool)

@@ -145,17 +145,17 @@ class LFQ(nn.Module):
         """(B, dim, G, G) -> quantized (B, dim, G, G), ids (B, G, G, K), projected (B, G, G, K * bits)"""
         projected = self.project_in(x.permute(0, 2, 3, 1))
         ids = ((projected > 0).unflatten(-1, (self.num_codebooks, self.bits)) * self.bit_values(x.device)).sum(-1)
-        code = projected + (self.codes(ids) - projected).detach()                             # straight-through
+        code = projected + (self.signs(ids) - projected).detach()                             # straight-through
         return self.project_out(code).permute(0, 3, 1, 2), ids, projected
 
-    def codes(self, ids):
+    def signs(self, ids):
         """ids (..., K) -> signs (..., K * bits)"""
         bits = (ids[..., None] & self.bit_values(ids.device)) > 0
         return torch.where(bits, 1.0, -1.0).flatten(-2).to(self.project_out.weight.dtype)
 
     def vectors(self, ids):
         """ids (..., K) -> what the decoder reads (..., dim)"""
-        return self.project_out(self.codes(ids))
+        return self.project_out(self.signs(ids))
 
     def bit_values(self, device):
         return 2 ** torch.arange(self.bits - 1, -1, -1, device=device)                        # most significant first

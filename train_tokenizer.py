@@ -37,7 +37,7 @@ def lfq_loss(projected, codebook_size, gamma=2.5, entropy_weight=0.1, commitment
     x = projected.float().unflatten(-1, (-1, bits)).flatten(0, -3)                            # (n, K, bits)
     powers = 2 ** torch.arange(bits - 1, -1, -1, device=x.device)
     codes = torch.where((torch.arange(codebook_size, device=x.device)[:, None] & powers) > 0, 1.0, -1.0)     # (N, bits)
-    p = (2 * 100 * x @ codes.T).softmax(-1)                                                   # (n, K, N)
+    p = (2 * 100 * x @ codes.T).softmax(-1)               # of -100 * squared distances to the codes, (n, K, N)
 
     def entropy(p):
         return -(p * p.clamp(min=1e-5).log()).sum(-1)
@@ -207,7 +207,7 @@ class Trained(nn.Module):
         """pixels (B, 3, R, R) -> reconstruction (B, 3, R, R), ids (B, G, G, K), {the quantizer's losses}"""
         c, quantize = self.tokenizer.config, self.tokenizer.quantize
         quantized, ids, projected = self.tokenizer.quantized(self.tokenizer.signal(pixels))
-        with torch.autocast(projected.device.type, enabled=False):            # bfloat16 is too coarse for 100 * x ** 2
+        with torch.autocast(projected.device.type, enabled=False):            # bfloat16 is too coarse for 200 * x
             losses = (lfq_loss(projected, c.codebook_size, entropy_weight=self.entropy_weight)
                       if c.quantizer == "lfq" else vq_loss(projected.float(), quantize.vectors(ids)))
         return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, losses

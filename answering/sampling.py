@@ -61,10 +61,10 @@ def place_in_image(prompt, config):
     """prompt (L, K) -> None if it ends in text, else its last token's place: BOI 0, codes 1 ... G*G, EOI G*G + 1"""
     if prompt[-1, 0] < config.vocab_size:
         return None
-    opened = (prompt[:, 0] == config.vocab_size + config.codes).nonzero()
+    opened = (prompt[:, 0] == config.vocab_size + config.n_codes).nonzero()
     assert len(opened), "image codes without a BOI before them"
     place, eoi_place = len(prompt) - 1 - int(opened[-1]), config.image_tokens - 1
-    is_eoi = prompt[-1, 0] > config.vocab_size + config.codes
+    is_eoi = prompt[-1, 0] > config.vocab_size + config.n_codes
     assert place <= eoi_place and is_eoi == (place == eoi_place), f"{place} tokens behind BOI, expected {eoi_place}"
     return place
 
@@ -75,14 +75,14 @@ def next_tokens(model, hidden, places, sampler):
     c, last_code = model.config, model.config.image_tokens - 2
     text = [row for row, place in enumerate(places) if place is None]
     codes = [row for row, place in enumerate(places) if place is not None and place < last_code]
-    eoi = c.vocab_size + c.codes + 1
+    eoi = c.vocab_size + c.n_codes + 1
     tokens = torch.tensor([eoi if place == last_code else c.newline_token_id for place in places])
     tokens = tokens[:, None].repeat(1, c.vision_codebook_num)                                 # (B, K)
     if text:
         tokens[text] = sampler(model.lm_head(hidden[text]), text)[:, None]
     if codes:
         for k, head in enumerate(model.vision_lm_head.heads):
-            tokens[codes, k] = sampler(head(hidden[codes])[:, :c.codes], codes) + c.vocab_size
+            tokens[codes, k] = sampler(head(hidden[codes])[:, :c.n_codes], codes) + c.vocab_size
     return tokens
 
 

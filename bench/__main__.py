@@ -121,7 +121,7 @@ def main():
     args.device, args.dtype = ("cuda", torch.bfloat16) if args.gpu else ("cpu", torch.float32)
     args.results = []
     check_device(args.device)
-    print("| what | side | rate | ours is times as fast (spread) | GB |\n|---|---|---|---|---|")
+    print("| what | side | rate | speed, ours / theirs (spread) | GB |\n|---|---|---|---|---|")
     names = args.rows or [row for row in ROWS if args.gpu or row not in LONG]
     rows = [(against, ["small"], ["layer"])] if args.against else [ROWS[row] for row in names]
     for function, *sizes in rows:

@@ -33,7 +33,7 @@ def new_model(size, device, dtype, frozen=False, **changes):
 
 def sequence(config, length, images):
     """<s>, images with a newline after each, random text up to the length -> ids (L, K), loss_mask (L,)"""
-    boi, newline = config.vocab_size + config.codes, config.newline_token_id
+    boi, newline = config.vocab_size + config.n_codes, config.newline_token_id
     image = [boi, *[config.vocab_size] * (config.image_tokens - 2), boi + 1, newline]
     start = torch.tensor([1, *image * images])
     ids = torch.cat([start, torch.randint(newline + 1, config.vocab_size, (length - len(start),))])

@@ -56,7 +56,7 @@ class HalfConfig(LlamaConfig):
 
 def read_config(path):
     """-> base, pre. Fields that are not ours belong to transformers; three that change what is computed are checked."""
-    values, halves = read_json(path), []
+    values, configs = read_json(path), []
     for name in ("base_config", "pre_config"):
         half = values.get(name)
         if values.get("model_type") != "haplo" or not isinstance(half, dict):
@@ -67,8 +67,8 @@ def read_config(path):
         half = half | {"rope_scaling": read_rope(half.get("rope_scaling") or {}, "rope_scaling", path)}
         half = half | {"head_dim": 0, "num_key_value_heads": half.get("num_key_value_heads", 32) or 0}
         half = {key: half[key] for key in HalfConfig.__dataclass_fields__ if key in half}
-        halves.append(make_config(HalfConfig, half, path))
-    base, pre = halves
+        configs.append(make_config(HalfConfig, half, path))
+    base, pre = configs
     shared.check_canvases(base, path)
     if not pre.attention_rope and pre.head_dim != base.head_dim:
         raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")
@@ -118,7 +118,7 @@ class PreDecoder(nn.Module):
         return vectors[batch.order]
 
     def encode(self, ids, batch=None, cache=None):
-        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D_pre)"""
+        """ids (B, L): those of the batch or, with prompts in the cache, one new token a row -> (B, L, D_pre)"""
         x, mask = self.model.embed_tokens(ids), None
         if batch is not None:
             tokens, mask = self.image_tokens(batch), batch.mask()

@@ -21,7 +21,7 @@ from common.weights import UserError, read_json
 from llama import Block, Linear, Llama, LlamaConfig, run_layers
 from monolithic import internlm2, shared, stages
 
-# ImageNet's; fields of config.json with the only value under which a model is the one computed here
+# MEAN, STD: ImageNet's. FIXED: fields of config.json, each with the only value that this code computes
 MEAN, STD = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
 FIXED = {"hidden_act": "silu", "attention_bias": False, "bias": False, "mlp_bias": False, "tie_word_embeddings": False,
          "num_channels": 3, "use_ls": False, "drop_path_rate": 0, "use_pixel_shuffle_proj": True, "ps_version": "v2",
@@ -54,7 +54,7 @@ class HalfConfig(LlamaConfig):
         """RGB PIL image, one of n in a row, which share the tiles -> tiles (n, 3, S, S); order of its tokens"""
         most = max(1, self.max_dynamic_patch // n_pictures)
         tiles = shared.dynamic_tiles(image, self.force_image_size, most, self.use_thumbnail)
-        return shared.to_pixels(tiles, MEAN, STD), torch.arange(len(tiles) * self.grid ** 2)
+        return shared.stack_tiles(tiles, MEAN, STD), torch.arange(len(tiles) * self.grid ** 2)
 
 
 PICTURES = [name for name in HalfConfig.__dataclass_fields__ if name not in LlamaConfig.__dataclass_fields__]
@@ -72,14 +72,14 @@ def read_config(path):
         if wrong:
             raise UserError(f"{path}: {wrong[0]} is {part[wrong[0]]!r:.99}, which HoVLE does not compute")
     pictures = {name: module.get(name) for name in OF_MODULE} | {name: top.get(name) for name in OF_TOP}
-    pictures["force_image_size"], halves = pictures["force_image_size"] or module.get("image_size"), []
+    pictures["force_image_size"], configs = pictures["force_image_size"] or module.get("image_size"), []
     for part in (llm, module | {"vocab_size": module.get("llm_vocab_size")}):
         half = {name: (part | pictures).get(name) for name in HalfConfig.__dataclass_fields__}
         half["rope_scaling"] = read_rope(half["rope_scaling"] or {}, "rope_scaling", path)
-        halves.append(make_config(HalfConfig, {key: x for key, x in half.items() if x is not None}, path))
-    if halves[0].hidden_size != halves[1].hidden_size or halves[0].vocab_size > halves[1].vocab_size:
+        configs.append(make_config(HalfConfig, {key: x for key, x in half.items() if x is not None}, path))
+    if configs[0].hidden_size != configs[1].hidden_size or configs[0].vocab_size > configs[1].vocab_size:
         raise UserError(f"{path}: the module needs the LLM's hidden_size and vocab_size, and has others")
-    return halves
+    return configs
 
 
 # ---------------------------------------------------------------- the model
@@ -117,15 +117,15 @@ class Embedder(nn.Module):
         return (x + table).flatten(2).mT
 
     def lengthen(self, ids):
-        """"post": the row of the module, with 4 patches for each image token -> ids (B, its length), the place in it of
-        each token (B, L)"""
+        """For "post": repeats each image token 4 times, once a patch. -> the longer ids (B, L'), and where in them each
+        token's first place is (B, L)"""
         repeats = 1 + 3 * (ids == self.pre.image_token_index).long()
         ends = repeats.cumsum(1)
         places = torch.arange(int(ends[:, -1].max()), device=ids.device).repeat(len(ids), 1)
         return F.pad(ids, (0, 1)).gather(1, torch.searchsorted(ends, places, right=True)), ends - repeats
 
     def encode(self, ids, batch=None, cache=None):
-        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> what the LLM reads"""
+        """ids (B, L): those of the batch or, with prompts in the cache, one new token a row -> what the LLM reads"""
         m, post = self.embedding_model, batch is not None and self.pre.pixel_shuffle_loc == "post"
         rows, places = self.lengthen(ids) if post else (ids, None)
         x = m.llm_text_embeddings(rows)

@@ -42,7 +42,7 @@ class Llava(Llama):
         self.model["mm_projector"] = nn.Sequential(Linear(narrow, width, True), nn.GELU(), Linear(width, width, True))
 
     def hidden(self, ids, batch=None, caches=(None,)):
-        """ids (B, L), with the batch that they are of or, behind a cache, one new token a row -> (B, L, D)"""
+        """ids (B, L): those of the batch or, with prompts in the cache, one new token a row -> (B, L, D)"""
         m, clip = self.model, self.model.vision_tower
         x = m.embed_tokens(ids.clamp(max=self.config.vocab_size - 1))
         if batch is not None:                             # patches of the last layer but one

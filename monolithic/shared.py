@@ -42,12 +42,13 @@ def choose_canvas(width, height, config):
 
 
 def check_canvases(config, source):
-    """Pictures of more tiles the authors' code would shrink, which is not done here. 40: see common/config.py."""
+    """The authors' code shrinks pictures of over 1.1 ** 2 times the tiles; canvases for them are refused here. 40: see
+    common/config.py"""
     side, most = config.default_image_size, min(40, int(re.sub(r"\D", "", config.image_aspect_ratio)[:9] or 0))
 
     def fits(canvas):
         return (isinstance(canvas, (list, tuple)) and [type(x) for x in canvas] == [int, int] and min(canvas) > 0
-                and not any(x % side for x in canvas) and math.prod(canvas) <= 1.21 * most * side ** 2)
+                and not any(x % side for x in canvas) and math.prod(canvas) <= 1.1 ** 2 * most * side ** 2)
     if config.tiled and not all(map(fits, config.image_grid_pinpoints)):
         raise UserError(f"{source}: image_grid_pinpoints are not (height, width) of at most {most} tiles of {side}")
 
@@ -82,7 +83,7 @@ def prepare_picture(image, config):
     canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
     tiles = [canvas.crop((x, y, min(x + side, canvas.width), min(y + side, canvas.height)))
              for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
-    return to_pixels([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles]), order
+    return stack_tiles([tile.resize((side, side), Image.Resampling.BICUBIC) for tile in tiles]), order
 
 
 def choose_grid(width, height, side, most):
@@ -107,7 +108,7 @@ def dynamic_tiles(image, side, most, thumbnail):
     return tiles + [image.resize((side, side), Image.Resampling.BICUBIC)] * (thumbnail and len(tiles) > 1)
 
 
-def to_pixels(tiles, mean=MEAN, std=STD):
+def stack_tiles(tiles, mean=MEAN, std=STD):
     """RGB PIL images of one size -> (n, 3, S, S); mean, std: (3, 1, 1)"""
     pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float().div_(255)
     return pixels.sub_(mean.to(pixels)).div_(std.to(pixels))              # in place: tiles can be many
@@ -118,15 +119,15 @@ def to_pixels(tiles, mean=MEAN, std=STD):
 def expand_images(ids, loss_mask, sizes, image_token, most=math.inf, edges=([], [])):
     """Replace each IMG by its picture's number of image tokens between edges, none of which is a target. What would
     pass `most` tokens is cut off, never through an image. -> ids, loss_mask, number of pictures that are left"""
-    expanded, labels, n_pictures = [], [], 0
+    expanded, expanded_mask, n_pictures = [], [], 0
     for token, label in zip(ids, loss_mask):
         piece = edges[0] + [image_token] * sizes[n_pictures] + edges[1] if token == IMG else [token]
         if len(expanded) + len(piece) > most:
             break
         expanded += piece
-        labels += [0 if token == IMG else label] * len(piece)
+        expanded_mask += [0 if token == IMG else label] * len(piece)
         n_pictures += token == IMG
-    return expanded, labels, n_pictures
+    return expanded, expanded_mask, n_pictures
 
 
 def pad(rows):
@@ -144,10 +145,10 @@ class Batch(NamedTuple):
     segments: list             # [(start, end, is image)] if all rows have images at the same places, else None
     loss_mask: torch.Tensor    # (B, L) bool: targets
     names: list
-    listed: list               # (cause, name, file) of bad samples
+    bad: list                  # (cause, name, file) of samples that cannot be used
 
     @classmethod
-    def build(cls, ids, mask, pictures, config, loss_mask=None, names=(), listed=()):
+    def build(cls, ids, mask, pictures, config, loss_mask=None, names=(), bad=()):
         """ids (B, L) and mask (B, L) bool, False at padding; pictures: [(tiles, order)] as they follow row by row"""
         length, side, end, segments, orders, n_patches = ids.shape[1], config.default_image_size, 0, [], [], 0
         starts, sizes = torch.arange(length).repeat(len(ids), 1), [len(order) for _, order in pictures]
@@ -168,7 +169,7 @@ class Batch(NamedTuple):
         tiles = torch.cat([torch.zeros(0, 3, side, side), *(tiles for tiles, _ in pictures)])
         loss_mask = torch.zeros_like(mask) if loss_mask is None else loss_mask
         return cls(ids, starts.masked_fill(~mask, length), index, torch.cat([index[:0], *orders]), tiles,
-                   segments if alike else None, loss_mask, names, listed)
+                   segments if alike else None, loss_mask, names, bad)
 
     def mask(self):
         """For block_attention: segments, or bool (B, 1, L, L): query i sees key j if start[j] <= i"""
@@ -227,23 +228,23 @@ class ChatBuilder:
     def __call__(self, source, place, epoch):
         name, words, pictures = read_sample(source, place)
         if source.kind == "llava":
-            ids, labels = self.text.chat(llava_turns(words, len(pictures), name))
+            ids, loss_mask = self.text.chat(llava_turns(words, len(pictures), name))
         else:
-            ids, labels = self.text.caption(clean_caption(words, name, self.seed, epoch))
-        labels = [1] * len(ids) if self.every_token else labels
+            ids, loss_mask = self.text.caption(clean_caption(words, name, self.seed, epoch))
+        loss_mask = [1] * len(ids) if self.every_token else loss_mask
         c, pictures = self.config, [self.config.prepare(picture, len(pictures)) for picture in pictures]
         sizes, most = [len(order) for _, order in pictures], min(self.max_length, c.max_position_embeddings)
-        ids, labels, n_pictures = expand_images(ids, labels, sizes, c.image_token_index, most, c.edges)
-        if not any(labels):
+        ids, loss_mask, n_pictures = expand_images(ids, loss_mask, sizes, c.image_token_index, most, c.edges)
+        if not any(loss_mask):
             raise BadSample("no_label", name)
-        return {"ids": ids, "labels": labels, "pictures": pictures[:n_pictures], "name": name}
+        return {"ids": ids, "loss_mask": loss_mask, "pictures": pictures[:n_pictures], "name": name}
 
     def collate(self, samples, bad):
         rows = [sample["ids"] for sample in samples] or [[self.text.newline]]     # no sample is usable: no target
-        labels = [sample["labels"] for sample in samples] or [[0]]
+        loss_mask = [sample["loss_mask"] for sample in samples] or [[0]]
         pictures = [picture for sample in samples for picture in sample["pictures"]]
         names = [sample["name"] for sample in samples]
-        return Batch.build(*pad(rows), pictures, self.config, pad(labels)[0].bool(), names, bad)
+        return Batch.build(*pad(rows), pictures, self.config, pad(loss_mask)[0].bool(), names, bad)
 
 
 class UnpairedBuilder(ChatBuilder):
@@ -253,11 +254,11 @@ class UnpairedBuilder(ChatBuilder):
     def collate(self, samples, bad):
         rows = []
         for sample, other in zip(samples, samples[-1:] + samples[:-1]):
-            image = [token for token, label in zip(sample["ids"], sample["labels"]) if not label]
-            words = [token for token, label in zip(other["ids"], other["labels"]) if label]
+            image = [token for token, label in zip(sample["ids"], sample["loss_mask"]) if not label]
+            words = [token for token, label in zip(other["ids"], other["loss_mask"]) if label]
             n, after = len(self.text.start), len(words) - len(self.text.start)
-            ids, labels = words[:n] + image + words[n:], [1] * n + [0] * len(image) + [1] * after
-            rows.append(sample | {"ids": ids[:self.max_length], "labels": labels[:self.max_length]})
+            ids, loss_mask = words[:n] + image + words[n:], [1] * n + [0] * len(image) + [1] * after
+            rows.append(sample | {"ids": ids[:self.max_length], "loss_mask": loss_mask[:self.max_length]})
         return super().collate(rows, bad)
 
 
@@ -277,7 +278,7 @@ def insert(x, places, vectors):
 
 def next_token_loss(model, batch, weights=None):
     """-> the sum of the cross-entropy over the targets, each predicted from the token before it. weights (B, L): of the
-    targets; divide by the sum of weights[:, 1:], where tokens that are no targets count too"""
+    targets; the authors divide by weights[:, 1:].sum(), over all tokens"""
     where = batch.loss_mask[:, 1:].nonzero(as_tuple=True)     # not bool: stages.show_plan knows shapes only
     hidden, targets = model.hidden(batch.ids, batch)[:, :-1][where], batch.ids[:, 1:][where]
     if weights is None:
@@ -346,11 +347,11 @@ def row_lengths(model, rows):
 
 
 def read(model, prompts, pictures=()):
-    """Prompts, lists of ids with an IMG for each of the pictures: files, PIL images, or what config.prepare returns. ->
-    hidden states (B, D) of their last tokens, caches that hold them, how many tokens may follow each
+    """prompts: lists of ids, an IMG for each picture; pictures: files, PIL images, or what config.prepare returns ->
+    hidden states (B, D) of the last tokens, a cache for each half, how many tokens may follow each prompt
 
-    model.hidden(ids, batch or None, caches) -> (B, L, D), a cache for each of model.halves, the configurations, the
-    last of which knows the pictures; model.row_lengths(rows): lists of lengths, for each half
+    model.halves: the configurations, the last one with the fields of pictures; model.row_lengths(rows): for each half,
+    the lengths of the rows in it; model.hidden(ids, batch or None, caches) -> (B, L, D). UserError: a prompt too long
     """
     config, weight = model.halves[-1], model.lm_head.weight
     rows, ready, shown = [], [], sum(ids.count(IMG) for ids in prompts)

@@ -36,7 +36,7 @@ def options(doc, name, stages):
     g.add_argument("--clip", metavar="DIR", dest="clip_folder", help=f"stage 1: Hugging Face CLIP; None: {TOY}/clip")
     g.add_argument("--model", metavar="DIR", help=f"later: folder of the stage before; None: {TOY}/{name}-1, -2")
     g.add_argument("--max-length", type=POSITIVE, default=4096, metavar="N", help="longer samples are cut at the right")
-    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: the model's, at first vicuna")
+    g.add_argument("--template", choices=(*TEMPLATES, "llm"), help="of chats; None: the model's, or vicuna")
     _, data, lr = stages[stage - 1]
     engine.add_options(parser, f"{name}-{stage}", data, "img2dataset shards, COCO Karpathy JSON, LLaVA JSON",
                        steps=30_000, warmup=900, batch=128, lr=lr, text=300 if "chat" in data else 50)       # ours
@@ -125,10 +125,10 @@ def show_plan(args, stage):
         raise UserError(f"a picture of 640 x 480 has {n_image} tokens, a row {most}: give a larger --max-length")
 
     def run_pass(n_rows, n_text):                         # all of the text counts
-        ids, labels, _ = shared.expand_images([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
+        ids, loss_mask, _ = shared.expand_images([1, IMG] + [2] * n_text, [0, 0] + [1] * n_text, [n_image],
                                           config.image_token_index, edges=config.edges)
         batch = shared.Batch.build(*shared.pad([ids] * n_rows), [picture] * n_rows, config,
-                                   torch.tensor([labels] * n_rows).bool())
+                                   torch.tensor([loss_mask] * n_rows).bool())
         return sum(stage.loss(model, batch).values())
     with counted_flops() as counter:
         run_pass(1, min(args.text_tokens, most - n_image - 3)).backward()

@@ -48,7 +48,7 @@ def uncached(model, prompt, signal, steps):
         if signal is not None:
             full[:int((prompt[:, 0] >= c.vocab_size).sum())] = signal
         hidden = streams.merge(*model.hidden(streams, full))[0, -1]
-        boi = (ids[:, 0] == c.vocab_size + c.codes).nonzero()
+        boi = (ids[:, 0] == c.vocab_size + c.n_codes).nonzero()
         inside = len(ids) - 1 - int(boi[-1]) if len(boi) else None
         if inside is None or inside > c.image_tokens - 1:
             row = model.lm_head(hidden)
@@ -56,10 +56,10 @@ def uncached(model, prompt, signal, steps):
         elif inside == c.image_tokens - 1:
             row, token = None, torch.tensor(c.newline_token_id).expand(c.vision_codebook_num)
         elif inside == c.image_tokens - 2:
-            row, token = None, torch.tensor(c.vocab_size + c.codes + 1).expand(c.vision_codebook_num)
+            row, token = None, torch.tensor(c.vocab_size + c.n_codes + 1).expand(c.vision_codebook_num)
         else:
             row = torch.stack([head(hidden) for head in model.vision_lm_head.heads])
-            token = row[:, :c.codes].argmax(-1) + c.vocab_size
+            token = row[:, :c.n_codes].argmax(-1) + c.vocab_size
         logits.append(row)
         ids = torch.cat([ids, token[None]])
     return ids[given:], logits
@@ -107,11 +107,11 @@ def test_only_codes_inside_an_image_then_eoi_then_newline():
     model, g = tiny.libra(), torch.Generator().manual_seed(9)
     c = model.config
     for head in model.vision_lm_head.heads:               # BOI and EOI would win everywhere
-        head.weight.data[c.codes:] = head.weight.data[:1] * 50
+        head.weight.data[c.n_codes:] = head.weight.data[:1] * 50
     prompt = torch.cat([tiny.text_ids(c, 4, g), tiny.image_ids(c, 0)])
     new = stack(generate(model, [prompt] * 3, None, 8, temperature=1.0))
-    assert (new[:, :4] >= c.vocab_size).all() and (new[:, :4] < c.vocab_size + c.codes).all()
-    assert (new[:, 4] == c.vocab_size + c.codes + 1).all()
+    assert (new[:, :4] >= c.vocab_size).all() and (new[:, :4] < c.vocab_size + c.n_codes).all()
+    assert (new[:, 4] == c.vocab_size + c.n_codes + 1).all()
     assert (new[:, 5] == 13).all() and (new[:, 6:] < c.vocab_size).all()
 
 

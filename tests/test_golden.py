@@ -212,11 +212,11 @@ def case_lfq(folder, report):
         for part in ("project_in", "project_out"):
             theirs = io[f"{name}.train.grad_{part}_weight"]
             report.gradient(f"{name}.grad_{part}", getattr(lfq, part).weight.grad, theirs)
-        codes = lfq.codes(io[f"{name}.train.indices"].view(ids.shape))
+        codes = lfq.signs(io[f"{name}.train.indices"].view(ids.shape))
         report.same(f"{name}.indices_to_codes_noproj", codes.permute(0, 3, 1, 2), io[f"{name}.indices_to_codes_noproj"])
         report.same(f"{name}.indices_to_codes", lfq.project_out(codes).permute(0, 3, 1, 2).detach(),
                     io[f"{name}.indices_to_codes"])
-    report.same("all_codes_noproj", lfq.codes(io["all_indices"]), io["all_codes_noproj"])
+    report.same("all_codes_noproj", lfq.signs(io["all_indices"]), io["all_codes_noproj"])
 
 
 def decoder_arguments(c):

@@ -119,7 +119,7 @@ def test_tiles():
     whole = picture(40, 16)
     tiles, order = BASE.prepare(whole, 1)
     assert tiles.shape == (4, 3, 16, 16) and order.tolist() == list(range(16))                # 3 x 1, 2 x 2 tokens each
-    stretched = shared.to_pixels([whole.resize((48, 16), Image.Resampling.BICUBIC)], torch.zeros(1), torch.ones(1))[0]
+    stretched = shared.stack_tiles([whole.resize((48, 16), Image.Resampling.BICUBIC)], torch.zeros(1), torch.ones(1))[0]
     mean, std = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
     torch.testing.assert_close(tiles[1], (stretched[:, :, 16:32] - mean[:, None, None]) / std[:, None, None])
     assert len(BASE.prepare(whole, 3)[0]) == 3 and len(BASE.prepare(whole, 9)[0]) == 1
@@ -281,7 +281,7 @@ def test_unpaired_rows():
     samples = []
     for i in (5, 6):
         ids, labels, _ = shared.expand_images([1, IMG, i, i, i], [1] * 5, [4], 92, edges=BASE.edges)
-        samples.append({"ids": ids, "labels": labels, "name": str(i),
+        samples.append({"ids": ids, "loss_mask": labels, "name": str(i),
                         "pictures": [(torch.full((1, 3, 16, 16), float(i)), torch.arange(4))]})
     batch = builder.collate(samples, [])
     assert batch.ids[0].tolist() == [1, 90, 92, 92, 92, 92, 91, 6, 6] and batch.tiles[0, 0, 0, 0] == 5   # cut to 9

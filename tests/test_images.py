@@ -97,7 +97,7 @@ def test_ids_and_pixels_go_round(tmp_path):
     assert signal.shape == (2, 16, 64)
     quantized, grid_ids, projected = tokenizer.quantized(signal)
     assert torch.equal(grid_ids.flatten(1, 2), ids)
-    assert torch.equal(tokenizer.quantize.codes(ids), torch.where(projected > 0, 1.0, -1.0).flatten(1, 2))
+    assert torch.equal(tokenizer.quantize.signs(ids), torch.where(projected > 0, 1.0, -1.0).flatten(1, 2))
     expected = tokenizer.decoder(tokenizer.post_quant_conv(quantized))
     drawn = tokenizer.decode(ids)
     assert drawn.shape == (2, 3, 32, 32) and (drawn - expected).abs().max() < 1e-5

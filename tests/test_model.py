@@ -253,7 +253,7 @@ def test_codes_filled_in_on_the_device():
     c = tiny.config()
     rows = [tiny.interleaved(c, 2), tiny.interleaved(c, 1)]
     streams = Streams.from_ids(rows, c)
-    codes = torch.randint(c.codes, (3, 4, 2))
+    codes = torch.randint(c.n_codes, (3, 4, 2))
     ids = streams.with_image_codes(codes).image_ids.view(3, 6, 2)
     assert torch.equal(ids[:, 1:-1], codes) and (ids[:, 0] == 8).all() and (ids[:, -1] == 9).all()
 
@@ -364,13 +364,13 @@ def test_contiguous_supervision_as_a_loop():
     model = tiny.libra(contiguous_targets=True).double()
     c = model.config
     rows = [tiny.interleaved(c, n, generator) for n in (1, 2)]
-    loss_mask = [(row[:, 0] >= c.vocab_size) & (row[:, 0] != c.vocab_size + c.codes) for row in rows]
+    loss_mask = [(row[:, 0] >= c.vocab_size) & (row[:, 0] != c.vocab_size + c.n_codes) for row in rows]
     signal = tiny.signals(c, rows, generator).double()
     streams = Streams.from_ids(rows, c, loss_mask=loss_mask)
     image = model.hidden(streams, signal)[1]
     expected, number = 0.0, 0
     for i, ids in enumerate(streams.image_ids[1:].tolist()):
-        if ids[0] < c.codes:                              # a code; the token before it is BOI or a code of the image
+        if ids[0] < c.n_codes:                              # a code; the token before it is BOI or a code of the image
             target = signal[i + 1] - signal[i + 1].mean()
             target = target / (target.square().mean() + 1e-5).sqrt()
             expected, number = expected + (model.vision_regression(image[i]) - target).square().mean(), number + 1

@@ -243,7 +243,8 @@ def image_rows(config, lengths, images):
         g = torch.Generator().manual_seed(seed)
         n_text = length - 1 - images * (config.image_tokens + 1)
         text = torch.randint(3, config.vocab_size, (n_text,), generator=g).tolist()
-        codes = torch.randint(config.codes, (images, config.image_tokens - 2, config.vision_codebook_num), generator=g)
+        size = images, config.image_tokens - 2, config.vision_codebook_num
+        codes = torch.randint(config.n_codes, size, generator=g)
         ids = [1, *[IMG, config.newline_token_id] * images, *text]
         rows.append(expand_images(ids, [0, *[1, 0] * images, *[1] * n_text], list(codes), config))
     return Streams.from_ids([ids for ids, _ in rows], config, loss_mask=[loss_mask for _, loss_mask in rows])

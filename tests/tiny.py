@@ -41,8 +41,8 @@ def image_ids(c, n_codes=None, generator=None):
     """BOI, random codes, EOI (left out where the image is cut) with the published offset -> (l, K)"""
     whole = c.image_feature_resolution ** 2
     n_codes = whole if n_codes is None else n_codes
-    codes = torch.randint(c.codes, (n_codes, c.vision_codebook_num), generator=generator)
-    edge = torch.full((1, c.vision_codebook_num), c.codes)
+    codes = torch.randint(c.n_codes, (n_codes, c.vision_codebook_num), generator=generator)
+    edge = torch.full((1, c.vision_codebook_num), c.n_codes)
     parts = [edge, codes] + [edge + 1] * (n_codes == whole)
     return torch.cat(parts) + c.vocab_size
 
@@ -67,7 +67,7 @@ def signals(c, rows, generator=None):
     ids = torch.cat([row[:, 0] for row in rows])
     ids = ids[ids >= c.vocab_size] - c.vocab_size
     signal = torch.randn(len(ids), c.contiguous_signal_size, generator=generator)
-    return signal * (ids < c.codes)[:, None]
+    return signal * (ids < c.n_codes)[:, None]
 
 
 def spm(folder, vocab_size=380, **options):

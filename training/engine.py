@@ -373,12 +373,12 @@ class BadSamples:
         self.seen, self.n_bad = self.seen + totals["samples"] + totals["bad"], self.n_bad + totals["bad"]
         if not totals["bad"]:
             return
-        listed = gather_lists([entry for batch in batches for entry in batch.listed], self.dist)
-        self.causes.update(cause for cause, _, _ in listed)
-        self.examples = [f"{name} ({cause})" for cause, name, _ in listed[-10:]]
+        bad = gather_lists([entry for batch in batches for entry in batch.bad], self.dist)
+        self.causes.update(cause for cause, _, _ in bad)
+        self.examples = [f"{name} ({cause})" for cause, name, _ in bad[-10:]]
         if self.dist.first:
             append(self.path, [{"step": step, "cause": cause, "name": name, "file": file}
-                               for cause, name, file in listed])
+                               for cause, name, file in bad])
         if self.n_bad > max(20, self.max_share * self.seen):
             self.fail(f", more than --max-bad {self.max_share:g}")
 
