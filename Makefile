@@ -39,7 +39,7 @@ LLM_COMPILE ?= --compile
 LLM = --warmup 40 --weight-decay 0 --dtype $(LLM_DTYPE) $(LLM_COMPILE) --save-every 100 --sample-every 0
 LLM_PRETRAIN = $(LLM) --batch 8 --steps 700 --lr 1e-3 --text-to-image 0.35
 LLM_FROZEN = $(LLM) --batch 4 --steps 1000 --lr 5e-4
-LLM_TUNED = $(LLM) --batch 4 --steps 600 --lr 2e-4
+LLM_TUNED = $(LLM) --batch 4 --steps 450 --lr 2e-4
 
 # A GPU that happens to be there would take the demo, in bfloat16
 DEVICE ?= cpu

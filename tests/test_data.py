@@ -84,7 +84,7 @@ def causes(source, folder):
     dataset = SampleDataset([source], SampleBuilder(text, config, 32, 800))
     samples = [dataset[0, place] for place in list_shard([source], (0, 0))]
     bad = [sample.args for sample in samples if isinstance(sample, BadSample)]
-    assert [tuple(pair) for pair in dataset.collate(samples).listed] == bad
+    assert [tuple(pair) for pair in dataset.collate(samples).bad] == bad
     return dict.fromkeys(s["name"] for s in samples if isinstance(s, dict)) | {name: cause for cause, name, _ in bad}
 
 
