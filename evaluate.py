@@ -52,10 +52,11 @@ def options():
                    help="its file, or questions and annotations; for pope each of several is scored, and their mean")
     g.add_argument("--images", metavar="DIR", default=".", help="folder of the pictures")
     g.add_argument("--out", type=writable_file, metavar="FILE", help="JSON with score, parts and answers")
-    g.add_argument("--submission", type=writable_file, metavar="FILE", help="the answers in the server's format")
+    g.add_argument("--submission", metavar="FILE", help="answers in the server's format; for mme a folder")
     g = parser.add_argument_group("how")
     g.add_argument("--prompt", help="replaces every question; '' continues the picture as pretraining does, no chat")
-    g.add_argument("--likelihood", action="store_true", help="answer with the likeliest choice (SEED; base models)")
+    g.add_argument("--likelihood", action="store_true", help="answer with the choice whose text is the likeliest "
+                   "answer to the question alone (SEED; base models)")
     g.add_argument("--blind", choices=("swapped", "zeroed"), help="another picture, or codes and signal of zero")
     g.add_argument("--batch", type=POSITIVE, default=32, help="questions answered at a time")
     g.add_argument("--limit", type=NATURAL, default=0, help="first N questions of each file only; 0: all")
@@ -101,8 +102,15 @@ def check_options(args, file_groups):
     for path in outputs:
         if path in inputs or outputs.count(path) > 1:
             raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
+    if path := args.submission and Path(args.submission):
+        if path.is_file() if args.task == "mme" else path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"--submission {path} cannot be written: expected a "
+                            f"{'folder' if args.task == 'mme' else 'file'}, and its parent folder must exist")
+        if len({Path(paths[0]).stem for paths in file_groups}) < len(file_groups):
+            raise UserError("--submission is a file for each of --data, named after it, and two of these have the same "
+                            "name: rename one")
     for paths in file_groups if not outputs else ():
-        items = benchmarks.read(args.task, args.images, *paths)[:args.limit or None]
+        items = benchmarks.read(args.task, args.images, *paths, limit=args.limit)
         if any(item["truth"] is None for item in items):
             raise UserError(f"{paths[0]}: no right answers in --data, so nothing is scored here, and without "
                             "--submission FILE or --out FILE the answers would be lost")
@@ -117,9 +125,11 @@ def evaluate(model, task, paths, images, prompt=None, blind=None, limit=0, batch
     `kept`.R.jsonl as they come; submission: a path; about: the model, for which kept answers are used; how: as
     answer_items takes it.
     """
-    start, items = time.time(), benchmarks.read(task, images, *paths)[:limit or None]
+    start, items = time.time(), benchmarks.read(task, images, *paths, limit=limit)
+    benchmarks.import_scorer(task, items)
     shown = swapped_images(items) if blind == "swapped" else [item["image"] for item in items]
-    asked = [item | {"image": image} | ({} if prompt is None else {"question": prompt})
+    question = "question_alone" if how.get("likelihood") else "question"
+    asked = [item | {"image": image, "question": item[question] if prompt is None else prompt}
              for item, image in zip(items, shown)]
     settings = {"task": task, "data": [str(path) for path in paths], "prompt": prompt, "blind": blind,
                 "decoding": "greedy", "limit": limit} | (about or {})
@@ -196,11 +206,11 @@ def answer_all(answer_items, items, dist, path, settings):
 
 
 def what_is_asked(item):
-    """-> question, picture with its size and time: an answer is kept with them, and used for them only"""
-    image = item["image"]
+    """-> question and choices, picture with its size and time: an answer is kept with them, and used for them only"""
+    image, words = item["image"], "\n".join([item["question"], *(item["choices"] or {}).values()])
     if isinstance(image, bytes):
-        return item["question"], f"{len(image)} bytes, {zlib.crc32(image)}"
-    return item["question"], f"{image}, {os.stat(image).st_size} bytes, {os.stat(image).st_mtime_ns}"
+        return words, f"{len(image)} bytes, {zlib.crc32(image)}"
+    return words, f"{image}, {os.stat(image).st_size} bytes, {os.stat(image).st_mtime_ns}"
 
 
 def kept_files(path):

@@ -29,6 +29,7 @@ from common.entries import read_prompts, with_answer
 from common.pictures import open_image
 from common.plots import attention_difference, plot_attention
 from common.weights import UserError, name_in_errors, read_json
+from data import words_of
 from llama import KVCache, linear
 from model import Libra
 from monolithic import open_model
@@ -137,7 +138,8 @@ def encode_prompts(model, rows, raw=False, history=(), zeroed=False):
     for question, pictures in rows:
         new_pictures = len(pictures) - sum(n_images for _, n_images, _ in history)
         if raw or question is None:
-            ids = text.start + [IMG, text.newline] * len(pictures) + text.plain(question or "")[len(text.start):]
+            words = text.caption(question or "", end=False)[0] if pictures else text.plain(question or "")
+            ids = text.start + [IMG, text.newline] * (len(pictures) - 1) + words[len(text.start):]
         else:
             ids, _ = text.chat([*history, (question, new_pictures, None)])
         if not ids:
@@ -175,7 +177,9 @@ def continue_rows(model, rows, n_rows=32, max_new_tokens=128, raw=False, history
         try:
             return read_rows(model, [row.result() for row in prepared_rows], max_new_tokens, raw, history, zeroed)
         except UserError as error:
-            raise UserError(f"{error}; among {', '.join(names[n] for n in numbers)}" if names else str(error)) from None
+            for pair in zip(numbers, prepared_rows) if len(numbers) > 1 else ():              # which one is it?
+                read(*([part] for part in pair))
+            raise UserError(f"{names[numbers[0]]}: {error}" if names else str(error)) from None
 
     prompts, n_rows = prepare_ahead(prepared, rows, n_rows), min(n_rows, len(rows))
     return write_texts(read, step, partial(linear, weight=head), prompts, n_rows, max_new_tokens, text.ends,
@@ -224,9 +228,9 @@ def ask(model, images, question, max_new_tokens=128, **sampling):
 
 
 def draw(model, texts, **sampling):
-    """`<s> text newline BOI`, then both codebooks place by place, E_c = 0 (Sec. 4.3). -> list of PIL images"""
+    """`<s> text newline BOI`, the text cleaned as in training; then both codebooks place by place, E_c = 0 -> images"""
     blank = torch.zeros(model.config.image_feature_resolution ** 2, model.config.vision_codebook_num, dtype=torch.long)
-    starts = [model.tokenizers.text.caption(words, image_first=False)[0] for words in texts]
+    starts = [model.tokenizers.text.caption(" ".join(words_of(words)), image_first=False)[0] for words in texts]
     return finish_images(model, starts, blank.expand(len(texts), -1, -1), 0, **sampling)
 
 
@@ -337,10 +341,8 @@ def main():
     device = cli.check_device(args.device)
     model = (ImageTokenizer.from_pretrained(cli.require_path(args.model), device) if args.reconstruct is not None else
              open_model(args.model, device, args.dtype, args.weights, args.save))
-    needs_libra = any(option is not None for option in (args.draw, args.complete, args.attention))
-    if needs_libra and not isinstance(model, Libra):
-        raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; --draw, --complete and "
-                        "--attention need a Libra")
+    if not isinstance(model, Libra) and any(x is not None for x in (args.draw, args.complete, args.attention)):
+        raise UserError(f"--model {args.model}: a {type(model).__name__} only answers; pictures and maps need a Libra")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
                 "graphs": not args.no_graphs}
     picture = None
@@ -420,11 +422,9 @@ def answer_file(model, args, prompts, sampling):
         for start in tqdm(range(0, len(prompts), batch_size), desc="batches"):
             numbers, asked = zip(*prompts[start:start + batch_size])
             rows = [(entry["question"], [entry["image"]] if entry.get("image") else []) for entry in asked]
-            try:
-                answers = answer(model, rows, args.max_new_tokens, args.raw, rate=rate,
-                                 **sampling | {"seed": args.seed + start})
-            except UserError as error:
-                raise UserError(f"{args.batch}, lines {numbers[0]} to {numbers[-1]}: {error}") from None
+            names = [f"{args.batch}, line {number}" for number in numbers]
+            answers = answer(model, rows, args.max_new_tokens, args.raw, rate=rate, names=names,
+                             **sampling | {"seed": args.seed + start})
             for number, entry, (words, _, cut) in zip(numbers, asked, answers):
                 out.write(json.dumps(with_answer(entry, words), ensure_ascii=False) + "\n")
                 cut_lines += [number] * cut

@@ -10,6 +10,7 @@ import torch
 
 from answering.sampling import Step, check_finite
 from common.quantize import parts
+from common.weights import UserError
 from llama import KVCache
 
 LOOK_EVERY = {"cuda": 8}       # steps at most: to read ids from a GPU is to wait for it
@@ -63,6 +64,8 @@ def write_texts(read, step, head, prompts, n_rows, max_new_tokens, stop, sampler
     read(numbers, prompts) -> hidden states (n, D) of their last tokens, caches that hold them, how many tokens may
     follow each; step(ids (B, 1), caches) -> (B, 1, D); head(hidden states) -> logits; rate: a Rate, which is added to
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
     prompts, texts, caches = enumerate(prompts), {}, []   # texts: {row: (number, ids, how many at most)}
     last = torch.zeros(n_rows, dtype=torch.long, device=rate.device)          # each row's last id
     look_every = 1 if sampler.temperature else LOOK_EVERY.get(rate.device.type, 1)

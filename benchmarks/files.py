@@ -5,8 +5,9 @@
     write("gqa", "submission.json", items, answers)
 
 TASKS, at the end, lists them; the scoring rules are in scores.py. An item is a dict: id; question, the whole prompt;
-image, a path or a file's bytes; truth, None if it is secret; choices {letter: text} or None; kinds, the parts of the
-score that it counts for; group, of items that are right together; and what else its score or submission needs.
+question_alone, without choices and prompt; image, a path or a file's bytes; truth, None if it is secret; choices
+{letter: text} or None; kinds, the parts of the score that it counts for; group, of items that are right together; and
+what else its score or submission needs.
 """
 import base64
 import csv
@@ -34,10 +35,11 @@ class Benchmark(NamedTuple):
     images: tuple = ()           # patterns for a picture's file name; the first that exists is taken
 
 
-def read(task, images, *paths):
-    """-> items of a file, or of one with questions and one with annotations; `images` is the folder of the pictures.
-    A UserError names the file, the entry and what was expected there, or the first picture that is missing. Questions
-    about videos (SEED) are left out, which is printed, if the folder has the frame of none of them."""
+def read(task, images, *paths, limit=0):
+    """-> items of a file, or of one with questions and one with annotations; `images` is the folder of the pictures;
+    limit: only so many, 0: all. A UserError names the file, the entry and what was expected there, or the first picture
+    that is missing. Questions about videos (SEED) are left out, which is printed, if the folder has none of their
+    frames."""
     benchmark = TASKS[task]
     max_files = 2 if benchmark.read is read_vqa else 1
     if len(paths) > max_files:
@@ -52,13 +54,14 @@ def read(task, images, *paths):
             item["files"] = [inside(images, pattern.format(name)) for pattern in benchmark.images for name in names]
             item["image"] = next(filter(os.path.isfile, item["files"]), None)
     videos = [item for item in items if "video" in item["kinds"]]
-    missing = [item for item in items if item["image"] is None]
-    if missing and (missing != videos or missing == items):
-        raise UserError(f"{missing[0]['files'][0]}: no such picture; --images names the folder of the pictures")
-    if missing:
+    if 0 < len(videos) < len(items) and not any(item["image"] for item in videos):
         print(f"{paths[0]}: {len(videos)} questions about videos are left out: {images} has none of their frames",
               file=sys.stderr)
-    return [item for item in items if item["image"] is not None]
+        items = [item for item in items if "video" not in item["kinds"]]
+    items = items[:limit or None]
+    if missing := [item for item in items if item["image"] is None]:
+        raise UserError(f"{missing[0]['files'][0]}: no such picture; --images names the folder of the pictures")
+    return items
 
 
 def score(task, items, answers):
@@ -67,6 +70,12 @@ def score(task, items, answers):
         return {"score": None, "metric": "not scored here: no right answers in --data; submit these",
                 "parts": {}, "unparsed": 0}
     return TASKS[task].score(items, answers)
+
+
+def import_scorer(task, items):
+    """A package that the score needs and that is not installed is missed before the answers, not after them."""
+    if TASKS[task].score is score_captions and all(item["truth"] is not None for item in items):
+        scores.import_cider()
 
 
 def write(task, path, items, answers):
@@ -83,8 +92,9 @@ def table_rows(path, delimiter):
         return [(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
-def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **more):
-    """truth: None, a text, or a list of texts; with choices {letter: text} one of the letters"""
+def new_item(item_id, question, image, truth=None, kinds=(), choices=None, alone=None, **more):
+    """truth: None, a text, or a list of texts; with choices {letter: text} one of the letters. alone: the question
+    without the choices"""
     truths = truth if isinstance(truth, list) else [] if truth is None else [truth]
     if truth == [] or not all(isinstance(text, str) for text in (question, *(choices or {}).values(), *truths)):
         raise ValueError("a text is missing")
@@ -92,8 +102,8 @@ def new_item(item_id, question, image, truth=None, kinds=(), choices=None, **mor
         raise ValueError(f"answer {truth!r} is none of {', '.join(choices)}")
     if not isinstance(item_id, (str, int)):
         raise ValueError(f"{item_id!r} is neither a text nor a number")
-    return {"id": item_id, "question": question, "image": image, "truth": truth, "choices": choices,
-            "kinds": [str(kind) for kind in kinds if kind]} | more
+    return {"id": item_id, "question": question, "question_alone": question if alone is None else alone, "image": image,
+            "truth": truth, "choices": choices, "kinds": [str(kind) for kind in kinds if kind]} | more
 
 
 def with_choices(question, choices):
@@ -191,7 +201,7 @@ def read_mmbench(path):
                 rotated = dict(zip(letters, texts[shift:] + texts[:shift]))
                 truth = letters[letters.index(row["answer"]) - shift] if "answer" in row else None
                 yield new_item(index + shift * 10 ** 6, with_choices(question, rotated), image, truth,
-                               (row.get("category"), row.get("l2-category")), rotated, group=index % 10 ** 6,
+                               (row.get("category"), row.get("l2-category")), rotated, question, group=index % 10 ** 6,
                                original=row["question"])
 
 
@@ -205,7 +215,7 @@ def read_seed(path):
             image = f"{kind}_{entry['question_id']}" if entry["data_type"] == "video" else entry["data_id"]
             kinds = entry["data_type"], *(name for name, number in (types or {}).items() if number == kind)
             yield new_item(entry["question_id"], with_choices(entry["question"], choices), image,
-                           entry.get("answer"), kinds, choices)
+                           entry.get("answer"), kinds, choices, entry["question"])
 
 
 def read_scienceqa(path):
@@ -215,9 +225,10 @@ def read_scienceqa(path):
             if entry["split"] == "test" and entry["image"]:
                 choices = dict(zip("ABCDE", entry["choices"]))
                 options = " ".join(f"({letter}) {choice}" for letter, choice in choices.items())
-                question = f"Context: {entry.get('hint') or 'N/A'}\nQuestion: {entry['question']}\nOptions: {options}"
+                question = f"Context: {entry.get('hint') or 'N/A'}\nQuestion: {entry['question']}"
                 truth = dict(enumerate(choices))[entry["answer"]] if entry.get("answer") is not None else None
-                yield new_item(name, question, f"{name}/{entry['image']}", truth, choices=choices)
+                yield new_item(name, f"{question}\nOptions: {options}", f"{name}/{entry['image']}", truth, (), choices,
+                               question)
 
 
 def read_mmvp(path):
@@ -227,7 +238,7 @@ def read_mmvp(path):
             index = int(row["Index"] if "Index" in row else row["lndex"])
             choices = dict(re.findall(r"\((\w)\)\s*(.*?)\s*(?=\(\w\)|$)", row["Options"]))
             truth = (row.get("Correct Answer") or "").strip(" ()").lower() or None
-            yield new_item(index, f"{row['Question']} {row['Options']}", index, truth, (), choices,
+            yield new_item(index, f"{row['Question']} {row['Options']}", index, truth, (), choices, row["Question"],
                            group=(index - 1) // 2)
 
 

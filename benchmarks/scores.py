@@ -129,12 +129,16 @@ def cider(captions, references):
     captions = {n: [" ".join(caption_tokens(caption))] for n, caption in enumerate(captions)}
     if not any(text for texts in references.values() for text in texts):
         raise UserError("none of the captions in --data has a word: there is nothing to compare the answers with")
+    return import_cider()().compute_score(references, captions)[1].tolist()
+
+
+def import_cider():
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
         raise UserError("captions are scored by the package pycocoevalcap, which is not installed: "
                         "pip install pycocoevalcap") from None
-    return Cider().compute_score(references, captions)[1].tolist()
+    return Cider
 
 
 def score_captions(items, answers):

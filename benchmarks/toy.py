@@ -6,7 +6,8 @@ from benchmarks.scores import gqa_match, score_each, summarize
 
 def score_exact(items, answers):
     """Exact match, overall and by each part of question_type ('colour/2')"""
-    items = [item | {"kinds": [item["kinds"][-1], *item["kinds"][-1].split("/")]} for item in items]
+    items = [item | {"kinds": [part for kind in item["kinds"][-1:] for part in (kind, *kind.split("/"))]}
+             for item in items]
     return score_each("exact match", lambda answer, truths: gqa_match(answer, truths[0]), items, answers)
 
 
@@ -23,7 +24,7 @@ def is_true(statement, truth):
     match = re.fullmatch(r"(a \w+ \w+ \w+) (left of|right of|above|below) (a \w+ \w+ \w+)", statement)
     if not match:
         return statement in truth
-    places = dict(described.split(" in the ")[:2] for described in truth)
+    places = dict(described.split(" in the ")[:2] for described in truth if " in the " in described)
     if match[1] not in places or match[3] not in places:
         return False
     (row_a, column_a), (row_b, column_b) = places[match[1]].split(), places[match[3]].split()

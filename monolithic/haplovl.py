@@ -69,6 +69,8 @@ def read_config(path):
         half = {key: half[key] for key in HalfConfig.__dataclass_fields__ if key in half}
         configs.append(make_config(HalfConfig, half, path))
     base, pre = configs
+    if not 0 <= base.image_token_index < base.vocab_size:
+        raise UserError(f"{path}: image_token_index is {base.image_token_index}, expected 0 to {base.vocab_size - 1}")
     shared.check_canvases(base, path)
     if not pre.attention_rope and pre.head_dim != base.head_dim:
         raise UserError(f"{path}: heads of {pre.head_dim} need attention_rope, the LLM's are of {base.head_dim}")

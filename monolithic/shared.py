@@ -291,6 +291,10 @@ def answer_loss(model, ids, loss_mask, picture):
     config = model.halves[-1]
     tiles, order = config.prepare(open_image(picture), 1)
     ids, loss_mask, _ = expand_images(ids, loss_mask, [len(order)], config.image_token_index, edges=config.edges)
+    for half, (length,) in zip(model.halves, model.row_lengths([ids])):
+        if length > half.max_position_embeddings:
+            raise UserError(f"a question and a choice of {length} tokens, the model takes "
+                            f"{half.max_position_embeddings}: shorten the question")
     batch = Batch.build(*pad([ids]), [(tiles, order)], config, torch.tensor([loss_mask]).bool())
     return next_token_loss(model, batch.to(model.lm_head.weight.device)) / batch.loss_mask.sum()
 

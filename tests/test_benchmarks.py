@@ -4,10 +4,11 @@ import copy
 import csv
 import json
 import random
+import sys
 
 import pytest
 
-from benchmarks.files import TASKS, read, score, write
+from benchmarks.files import TASKS, import_scorer, read, score, write
 from benchmarks.scores import average
 from common.weights import UserError
 
@@ -207,6 +208,26 @@ def test_scores_of_small_files(tmp_path):
     pope = [score_of("pope", answers) for answers in (["yes", "no", "yes"], ["yes", "yes", "no"])]
     assert pope[0]["score"] == 1 and pope[1]["score"] == pytest.approx(.5)
     assert average(pope)["score"] == pytest.approx(.75) and average(pope)["parts"]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_missing_scorer_is_missed_before_the_answers(tmp_path, monkeypatch):
+    items = read("nocaps", *paths(tmp_path, "nocaps"))
+    import_scorer("nocaps", items)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match="pip install pycocoevalcap"):
+        import_scorer("nocaps", items)
+    import_scorer("nocaps", [item | {"truth": None} for item in items])       # nothing will be scored
+    import_scorer("exact", items)
+
+
+def test_a_limit_needs_only_its_own_pictures(tmp_path):
+    images, questions, _ = paths(tmp_path, "vqav2")
+    items, content = read("vqav2", images, questions), json.loads(questions.read_text())
+    content["questions"][-1]["image_id"] = 999999
+    save(questions, content)
+    assert read("vqav2", images, questions, limit=len(items) - 1) == items[:-1]
+    with pytest.raises(UserError, match="no such picture"):
+        read("vqav2", images, questions)
 
 
 def test_secret_answers(tmp_path):

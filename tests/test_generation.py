@@ -16,6 +16,7 @@ from generate import (
     ask,
     complete,
     draw,
+    encode_images,
     encode_prompts,
     forward,
     generate,
@@ -25,7 +26,7 @@ from generate import (
 )
 from llama import KVCache
 from streams import IMAGE, TEXT, Streams
-from text import IMG
+from text import IMG, expand_images
 
 
 def stack(tokens):
@@ -203,8 +204,28 @@ def test_ask(tmp_path):
     assert isinstance(answer, str) and answer == ask(model, [picture], "What is it?", max_new_tokens=8)
     assert ask(model, [picture, picture], "And these?", 8) is not None
     assert ask(model, None, "No picture?", 8) is not None
+    with pytest.raises(UserError, match="max_new_tokens is 0, expected 1 or more"):
+        ask(model, picture, "What?", 0)
     with pytest.raises(UserError, match=r"gone\.png: no such file"):
         ask(model, "gone.png", "What?")
+
+
+def test_prompts_are_those_of_pretraining(tmp_path):
+    """--raw after a picture and --draw: the tokens that a caption has in training, however it is typed"""
+    from PIL import Image
+    model = tiny.whole(tmp_path)
+    text, picture = model.tokenizers.text, Image.new("RGB", (40, 30), "red")
+    (codes,), _ = encode_images(model, [picture])
+    for words in ("a red", ""):
+        caption = text.caption(words, end=False)[0]
+        for n in (1, 2):
+            (ids,), _ = encode_prompts(model, [(words, [picture] * n)], raw=True)
+            expected = caption[:1] + [IMG, text.newline] * (n - 1) + caption[1:]
+            assert torch.equal(ids, expand_images(expected, [0] * len(expected), [codes] * n, model.config)[0])
+    (alone,), _ = encode_prompts(model, [("a red", [])], raw=True)
+    assert alone[:, 0].tolist() == text.plain("a red")
+    drawn = [draw(model, [words], temperature=0)[0].tobytes() for words in ("a red circle", " A  RED\ncircle* ")]
+    assert drawn[0] == drawn[1]
 
 
 def test_impossible_prompts_are_refused():

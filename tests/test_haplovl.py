@@ -293,6 +293,7 @@ def test_defaults_of_the_published_config(tmp_path):
     haplo = {"model_type": "haplo", "base_config": {}, "pre_config": {}}
     for values in ({}, {"model_type": "haplo", "base_config": {}}, haplo | {"model_type": "llama"},
                    haplo | {"base_config": {"image_grid_pinpoints": [[336]]}},
+                   haplo | {"base_config": {"vocab_size": 32000}},            # without an image_token_index in it
                    haplo | {"base_config": {"image_grid_pinpoints": [[336, 336 * 8]]}}):
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match="config.json"):

@@ -48,6 +48,8 @@ def test_odd_pictures():
     assert colour(open_image(Image.new("I", (9, 9), 32768)), 5, 5) == grey
     assert colour(open_image(Image.new("F", (9, 9), 0.5)), 5, 5) == grey
     assert colour(open_image(Image.new("F", (9, 9), 1.01)), 5, 5) == white                    # resampled a bit too far
+    levels = Image.fromarray(np.linspace(0, 255, 81, dtype=np.float32).reshape(9, 9))
+    assert colour(open_image(levels), 4, 4) == grey and colour(open_image(levels), 8, 8) == white
     exif = Image.Exif()
     exif[274] = 3                                         # upside down
     assert colour(open_image(saved(half_red(), "JPEG", exif=exif, quality=95)), 5, 5) == blue

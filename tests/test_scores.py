@@ -156,6 +156,13 @@ def test_groups_of_choices():
 
 # ---------------------------------------------------------------- the toy world's rules
 
+def test_odd_truths():
+    """Annotations without types, captions that are not the toy world's"""
+    assert score_exact([{"truth": ["red"] * 10, "kinds": []}], ["red"])["score"] == 1
+    items = [{"truth": ["two dogs on a lawn"], "kinds": []}]
+    assert score_statements(items, ["a small red circle left of a large blue square"])["score"] == 0
+
+
 def test_exact():
     items = [{"truth": [truth] * 10, "kinds": ["other", kind]} for truth, kind in
              (("red", "colour/1"), ("two", "count/2"), ("blue", "colour/2"))]

@@ -113,7 +113,7 @@ def score_row(args, row, factor, seed):
         "questions": asked["score"], "no picture": scores["held_out_zeroed"]["score"],
         "another picture": scores["held_out_swapped"]["score"], "unseen pairs": scores["unseen_pair"]["score"],
         "captions": captions["score"], "existence F1": scores["existence"]["F1"],
-        **{kind: asked["parts"][kind] for kind in KINDS}, "text perplexity": map_perplexity(model)})
+        **{kind: asked["parts"].get(kind) for kind in KINDS}, "text perplexity": map_perplexity(model)})
 
 
 def row_results(args, row):
@@ -203,7 +203,7 @@ def plot(args):
     shown, losses = [row for row in args.rows if row_results(args, row)], {}
     for n, row in enumerate(shown):
         results = row_results(args, row)
-        means = [statistics.mean(result[kind] for result in results) for kind in KINDS]
+        means = [statistics.mean(result[kind] or 0 for result in results) for kind in KINDS]
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
         last = folder_of(args, row, best_factor(args, row), args.seeds[0]) / str(len(ROWS[row][3]) - 1)
         losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
