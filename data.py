@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,8 @@ def read_tar(source, name, files):
     """files: {ending: (offset, size)} -> name, caption (text, list or None), [picture]"""
     # the caption's file may have a compound ending (0.caption.txt), the picture's too (0.input.jpg)
     last = {ending.rpartition(".")[2]: ending for ending in reversed(files)} | {ending: ending for ending in files}
-    picture = next((last[ending] for ending in PICTURES if ending in last), None)
+    found = [last[ending] for ending in PICTURES if ending in last]
+    picture = min(found, key=lambda ending: "." in ending, default=None)      # 0.png before 0.mask.jpg
     if picture is None:
         raise BadSample("no_image" if files else "cut_tar", name + " has " * bool(files) + ", ".join(files))
     content, caption = {}, None
@@ -138,9 +140,10 @@ def read_tar(source, name, files):
             content[ending] = tar.read(size)
     if last.get("json") in content:
         try:
-            caption = parse_json(content[last["json"]]).get("caption")
-        except (ValueError, AttributeError):
+            record = parse_json(content[last["json"]])
+        except ValueError:
             raise BadSample("bad_json", name) from None
+        caption = record.get("caption") if isinstance(record, dict) else None               # boxes, say
     captions = caption if isinstance(caption, list) else [caption]
     is_empty = all(text is None or isinstance(text, str) and not words_of(text) for text in captions)
     if is_empty and last.get("txt") in content:
@@ -337,6 +340,8 @@ def make_val_loader(sources, builder, micro_batch, rank=0, world_size=1, workers
 
 
 def load(dataset, batches, workers, pin, **options):
+    if workers:                                           # each tensor that a worker sends is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1:] * 2)
     # a generator of its own leaves the run's random numbers alone
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,

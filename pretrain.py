@@ -96,7 +96,8 @@ def train(args, dist, model, builder, loss, counts, blocks, flops=None, save_sam
     further numbers for flops and the log. A step's loss is the sum of all losses over the number of all targets, of all
     passes and processes.
     """
-    sources, held_out = (open_sources(files, args.images) for files in (args.data, args.val_data))
+    files = ([], []) if args.export else (args.data, args.val_data)           # --export needs no data
+    sources, held_out = (open_sources(names, args.images) for names in files)
     if both := set.intersection(*({Path(file.path).resolve() for file in group} for group in (sources, held_out))):
         raise UserError(f"--val-data {both.pop()} is in --data too: a held-out loss needs other samples")
     frozen = {name: p.data for name, p in model.named_parameters() if not p.requires_grad} if dist.first else {}
@@ -157,6 +158,8 @@ def held_out_loss(dist, wrapped, loader, loss, counts):
         losses.append(torch.stack(list(parts.values())))
         rows.append(counts_of(batch, counts))
     totals = sum_counts(rows, dist)
+    if not totals["samples"]:
+        return {"val_bad": totals["bad"]}
     sums = engine.all_reduce_sum(torch.stack(losses).double().sum(0), dist).tolist()
     numbers = means(dict(zip(parts, sums)), totals) | {"bad": totals["bad"]}
     return {f"val_{name}": value for name, value in numbers.items()}
@@ -174,11 +177,13 @@ def run_steps(args, dist, sources, builder, models, optimizers, update, counts, 
     engine.lock(out, dist)
     checkpoints = Checkpoints(out, args, dist)
     start, state = checkpoints.resume(args.resume, models, optimizers, args.export)
+    if args.export:
+        return True
     loader, sampler = make_loader(sources, builder, args.batch, args.micro_batch, args.seed, dist.rank, dist.size,
                                   args.workers, state, dist.device.type == "cuda")
     engine.save_options(args, dist, start)
     log, stop, bad, loader = engine.Log(args, dist, start), Stop(dist), engine.BadSamples(args, dist), iter(loader)
-    for step in range(start, start if args.export else args.steps):
+    for step in range(start, args.steps):
         began, last, save_seconds = time.perf_counter(), step + 1 == args.steps, 0.0
         torch.manual_seed(hash((args.seed, step, dist.rank)))                  # a resumed run draws the same numbers
         lr = engine.set_learning_rate(optimizers, step, args)

@@ -161,6 +161,7 @@ class Text:
 
     def save(self, folder):
         """Copy the files that were read into a model folder, and remove those that another tokenizer has left there."""
+        check_file(self.path)                             # it may have been moved while a model was trained
         for name in ("tokenizer.model", "tokenizer.json", *SETTINGS, "chat_template.jinja"):
             old, new = self.path.with_name(name), Path(folder) / name
             if old.is_file():

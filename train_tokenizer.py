@@ -213,10 +213,10 @@ class Trained(nn.Module):
         return self.tokenizer.decoder(self.tokenizer.post_quant_conv(quantized)), ids, losses
 
     @torch.no_grad()
-    def count(self, ids):
+    def count(self, ids, dist):
         """ids (B, G, G, K) -> share of the codes in use and their perplexity, means over the codebooks"""
         counts = [torch.bincount(codes, minlength=self.used.shape[1]) for codes in ids.flatten(0, 2).T]
-        self.used.mul_(0.98).add_(torch.stack(counts))
+        self.used.mul_(0.98).add_(engine.all_reduce_sum(torch.stack(counts), dist))
         p = self.used / self.used.sum(-1, keepdim=True).clamp(min=1e-9)       # zero until a picture is usable
         perplexity = torch.exp(-(p * p.clamp(min=1e-9).log()).sum(-1))
         return {"used": float((self.used > 0.5).float().mean()), "perplexity": float(perplexity.mean())}
@@ -241,7 +241,7 @@ def main():
         assign(tokenizer.clip, read_clip_weights(folder), folder)
     lpips = LPIPS().read(args.vgg, args.lpips).to(dist.device) if args.vgg else None
     args.frozen = fingerprint(*filter(None, (tokenizer, lpips)))
-    sources = open_sources(args.data, args.images, only_pictures=True)
+    sources = [] if args.export else open_sources(args.data, args.images, only_pictures=True)
     models = [module.to(dist.device) for module in (Trained(tokenizer, args.entropy_weight), Discriminator())]
     wrapped = [engine.replicate(model, dist) for model in models]
     optimizers = [engine.adamw(model.parameters(), args) for model in models]
@@ -258,7 +258,7 @@ def main():
 def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
     """Update the generator and, from --disc-start on, the discriminator; every pass has the same weight. -> numbers for
     the log. Raises FloatingPointError, before the weights change, if a loss or a gradient is not finite."""
-    adversarial, outputs, disc_losses, disc_norm = step >= args.disc_start, [], [], torch.zeros((), device=dist.device)
+    adversarial, outputs, disc_norm = step >= args.disc_start, [], torch.zeros((), device=dist.device)
     trained, last = getattr(wrapped, "module", wrapped), len(batches) - 1
     optimizers[0].zero_grad()
     for n, batch in enumerate(batches):                   # generator
@@ -271,18 +271,21 @@ def update(args, dist, wrapped, disc, lpips, optimizers, step, batches, totals):
         engine.set_grad_sync(disc, n == last)
         fake = outputs[n][2]
         real = to_rgb(batch.pixels) if len(batch.pixels) else fake
-        disc_losses.append(discriminator_loss(disc(real), disc(fake)) * bool(len(batch.pixels)))
-        (disc_losses[-1] / len(batches)).backward()
+        disc_loss = discriminator_loss(disc(real), disc(fake)) * bool(len(batch.pixels))
+        (disc_loss / len(batches)).backward()
+        outputs[n][0]["disc"] = disc_loss.detach()
         disc_norm = nn.utils.get_total_norm([p.grad for p in disc.parameters()])
     losses = torch.stack([norm, disc_norm, *(numbers["loss"] for numbers, _, _ in outputs)])
     if not engine.all_ranks(torch.isfinite(losses).all(), dist):
         raise FloatingPointError
     for optimizer in optimizers[:1 + adversarial]:
         optimizer.step()
-    numbers = {name: torch.stack([numbers[name] for numbers, _, _ in outputs]).mean().item() for name in outputs[0][0]}
-    numbers |= {"norm": norm.item(), "disc": torch.stack(disc_losses).mean().item() if adversarial else None}
+    sums = sum(torch.stack([torch.ones_like(norm), *numbers.values()]) * bool(len(batch.pixels))
+               for (numbers, _, _), batch in zip(outputs, batches))
+    n_passes, *sums = engine.all_reduce_sum(sums, dist).tolist()              # passes with pictures, of all processes
+    numbers = {name: value / max(1, n_passes) for name, value in zip(outputs[0][0], sums)} | {"norm": norm.item()}
     ids = torch.cat([ids[:len(batch.pixels)] for batch, (_, ids, _) in zip(batches, outputs)])
-    return numbers | trained.count(ids)
+    return numbers | trained.count(ids, dist)
 
 
 def generator_pass(args, dist, adversarial, wrapped, disc, lpips, pixels, passes):

@@ -1,6 +1,7 @@
 """What all command lines share: the form of --help, types of options, one sentence for a user's mistake."""
 import argparse
 import ctypes
+import errno
 import math
 import multiprocessing
 import os
@@ -59,6 +60,15 @@ def require_path(path):
     return path
 
 
+def say(*words, file=None):
+    """print; where the output goes to a file, a full disk costs the line and not the run."""
+    try:
+        print(*words, file=file, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
 def check_device(device):
     """'cpu', 'cuda', 'cuda:1', ... -> torch.device"""
     try:
@@ -107,7 +117,8 @@ def run(main):
         if isinstance(error, BrokenPipeError):            # the reader of `... | head` has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sentence, code = explain(error)
-        print(sentence, end="\n" * bool(sentence), file=sys.stderr, flush=True)
+        if sentence:
+            say(sentence, file=sys.stderr)
         if not (multiprocessing.active_children() or dist.is_initialized()):
             sys.exit(code)
         sys.stdout.flush()                                # Python's own exit would wait for those that may hang

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 from common.sources import expand_patterns, list_shard, list_tar, open_source, open_sources
 from common.weights import UserError
-from data import BadSample, RankBatchSampler, SampleBuilder, SampleDataset, SampleOrder
+from data import BadSample, RankBatchSampler, SampleBuilder, SampleDataset, SampleOrder, read_sample
 from text import Text
 
 
@@ -63,9 +63,9 @@ def test_the_next_block_is_listed_ahead(monkeypatch):
     order.close()
 
 
-def picture(form="JPEG"):
+def picture(form="JPEG", side=40):
     file = io.BytesIO()
-    Image.fromarray(np.full((40, 40, 3), 90, dtype=np.uint8)).save(file, form)
+    Image.fromarray(np.full((side, side, 3), 90, dtype=np.uint8)).save(file, form)
     return file.getvalue()
 
 
@@ -230,6 +230,7 @@ def write_tar(path, files, **options):
     *(({"txt": text}, "no_caption") for text in (
         "großer Hund".encode("latin-1"), bytes(range(256)), picture(), "a dog".encode("utf-16-le"),
         "a dog".encode("utf-32"), "a dog".encode("utf-32-be"), b"\xff\xfea", b"a \xed\xa0\x80")),
+    ({"json": b'[{"box": 1}]', "txt": b"a dog"}, "a dog"),                    # a file of something else
     ({"json": b"[" * 10 ** 5}, "bad_json"), ({"json": b'{"caption": %s}' % (b"1" * 5000)}, "bad_json")])
 def test_captions_are_text(tmp_path, files, words):
     source = write_tar(tmp_path / "0.tar", {"0.jpg": picture(), **{f"0.{name}": file for name, file in files.items()}})
@@ -308,6 +309,9 @@ def test_other_endings_and_names(tmp_path):
              "\udce92.gif": picture("GIF"), "\udce92.txt": b"a cat", "3.mp4": b"x", "3.txt": b"a cat"}
     found = causes(write_tar(tmp_path / "0.tar", files, errors="surrogateescape"), tmp_path)
     assert found == {"0": None, "1": None, "\\xe92": None, "3 has mp4, txt": "no_image"}
+    masked = write_tar(tmp_path / "1.tar", {"0.mask.jpg": picture(), "0.png": picture("PNG", 9), "0.txt": b"a cat"})
+    _, _, (shown,) = read_sample(masked, list_shard([masked], (0, 0))[0])
+    assert shown.size == (9, 9)                           # not the mask
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

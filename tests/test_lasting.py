@@ -284,6 +284,13 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert [path.name for path in found] == ["checkpoint-1000000", "checkpoint-999999", "checkpoint-000500"]
 
 
+def test_drafts_of_killed_runs_are_removed(tmp_path):
+    (tmp_path / "checkpoint-000600.tmp").mkdir()
+    (tmp_path / "checkpoint-000600.tmp/0.distcp").write_bytes(b"half")
+    assert Checkpoints(tmp_path, ARGS, ALONE).resume(True, [], []) == (0, None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     """--keep 1 after resuming from an older one: the only complete checkpoint stays although a damaged one is newer"""
     model = torch.nn.Linear(2, 2)

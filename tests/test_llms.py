@@ -312,8 +312,12 @@ def test_a_folder_gets_one_tokenizer(bpe, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (bpe / "tokenizer.json").read_bytes()
     assert not (out / "tokenizer.model").exists()
     kept = sorted(out.iterdir())
-    open_text(out).save(out)
+    text = open_text(out)
+    text.save(out)
     assert sorted(out.iterdir()) == kept
+    (out / "tokenizer.json").unlink()                     # while a model was trained
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
+        text.save(tmp_path)
 
 
 def test_a_prefix_space_is_named(bpe, tmp_path):

@@ -148,6 +148,15 @@ def test_help_of_the_plan(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith("What a run will need")
 
 
+def test_a_log_on_a_full_disk_costs_its_lines():
+    full = open("/dev/full", "w")                         # noqa: SIM115
+    command.say("a line", file=full)
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+    with pytest.raises(ValueError, match="closed"):       # any other error is one
+        command.say("a line", file=full)
+
+
 def test_names_that_are_not_utf_8_are_printed(monkeypatch):
     """A name in Latin-1, a lone surrogate of a JSON file, on an output that takes UTF-8 only"""
     output = io.BytesIO()

@@ -56,6 +56,10 @@ def test_the_held_out_loss(toy, pretrain, base, tmp_path):
     lines = log(tmp_path / "a")
     assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 7]
     assert all(line["val_bad"] == 0 and line["val_text"] > 0 and line["val_image"] > 0 for line in lines[1::2])
+    run("pretrain.py", *pretrain, "--val-data", toy / "eval/held_out_captions.json", "--images", toy, "--val-every 2",
+        "--steps 2 --out", tmp_path / "none")
+    line = log(tmp_path / "none")[1]
+    assert line["val_bad"] > 0 and "val_loss" not in line         # not a loss of 0
     for line, other in zip(lines, log(base), strict=True):
         assert all(line[key] == other[key] for key in ("loss", "text", "image", "norm", "lr"))
     same(tmp_path / "a", base, 0)

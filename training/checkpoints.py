@@ -22,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from common.cli import say
 from common.weights import UserError, first_few, fsync, read_json, write_json
 from training.engine import all_ranks, gather_lists
 
@@ -118,10 +119,10 @@ class Checkpoints:
                 warn(f"{path} is no longer needed and cannot be removed ({error.strerror or error})")
 
     def warn_lost(self, draft, error):
-        warn(f"{draft.stem} could not be written ({str(error)[-200:]}); the one before stays, the next is tried at its "
-             "time. Is the disk full?")
         if self.dist.first:
             shutil.rmtree(draft, ignore_errors=True)
+        warn(f"{draft.stem} could not be written ({str(error)[-200:]}); the one before stays, the next is tried at its "
+             "time. Is the disk full?")
 
     # ------------------------------------------------------------ reading
 
@@ -135,6 +136,8 @@ class Checkpoints:
 
     def resume(self, wanted, models, optimizers, required=False):
         """Load the newest readable checkpoint if `wanted` and there is one. -> step, place in the data; else 0, None"""
+        for draft in self.out.glob("checkpoint-*.tmp") if self.dist.first else ():            # of a run that was killed
+            shutil.rmtree(draft, ignore_errors=True)
         found = [[(path, read_record(path)) for path in self.folders()]]
         if self.dist.size > 1:                            # the first process decides: shared disks show new files late
             torch.distributed.broadcast_object_list(found, group=self.group)
@@ -279,7 +282,7 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 def warn(message):
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+    say(f"WARNING: {message}", file=sys.stderr)
 
 
 def make_empty(folder):

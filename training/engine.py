@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import DTYPES, NATURAL, PEERS, POSITIVE, SEED, TOY, bounded, check_device, signal_at_parents_death
+from common.cli import DTYPES, NATURAL, PEERS, POSITIVE, SEED, TOY, bounded, check_device, say, signal_at_parents_death
 from common.weights import UserError, write_json
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")        # one process does not need it
@@ -157,7 +157,7 @@ class Dist:
 
     def print0(self, *words):
         if self.first:
-            print(*words, flush=True)
+            say(*words)
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
@@ -326,11 +326,12 @@ class Log:
         left = str(timedelta(seconds=int(seconds)))
         append(self.path, [{"step": step, **numbers, "left": left}])
         scalars = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
-        for name, value in scalars.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+        with warn_if_unwritable(self.path.parent):
+            for name, value in scalars.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
         words = [f"{name} {value:.4g}" for name, value in scalars.items()]
         words += [f"{cause} {n}" for cause, n in numbers.get("causes", {}).items()]
-        print(f"step {step}/{self.steps} {' '.join(words)} | {left} left", flush=True)
+        say(f"step {step}/{self.steps} {' '.join(words)} | {left} left")
 
 
 @contextmanager
@@ -339,7 +340,7 @@ def warn_if_unwritable(path):
     try:
         yield
     except OSError as error:
-        print(f"WARNING: {path} could not be written ({error})", file=sys.stderr, flush=True)
+        say(f"WARNING: {path} could not be written ({error})", file=sys.stderr)
 
 
 def append(path, entries):
@@ -388,6 +389,7 @@ class BadSamples:
             self.fail()
 
     def fail(self, limit=""):
+        all_ranks(True, self.dist)                        # wait for the list: the first process to end kills the others
         causes = ", ".join(f"{cause} {n}" for cause, n in self.causes.most_common())
         raise UserError(f"{self.n_bad} of {self.seen} samples cannot be used{limit}: {causes}. {self.path} lists them"
                         f", the last: {', '.join(self.examples)}. python data.py FILE... checks a whole dataset")
