@@ -172,7 +172,7 @@ def test_held_out_files_by_other_words(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "a"}]')
     (tmp_path / "link.json").symlink_to("a.json")
     for name in ("./a.json", str(tmp_path / "a.json"), "link.json"):
-        args = argparse.Namespace(data=["a.json"], val_data=[name], images="")
+        args = argparse.Namespace(data=["a.json"], val_data=[name], images="", export=False)
         with pytest.raises(UserError, match="a.json is in --data too: a held-out loss needs other samples"):
             stage1.train(args, None, None, None, None, None, None)
 
