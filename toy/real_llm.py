@@ -122,10 +122,11 @@ def table(args):
 def plot(args):
     """What the pretrained Libra draws; the loss of captions in pretraining, of answers in tuning -> real-llm.png"""
     folder = args.out / f"libra-{args.seeds[0]}"
-    figure = new_figure(12, 6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    figure = new_figure(12, 6.6)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.2, 1.6))
     if (folder / "pretrain/model.safetensors").exists():
-        show_pictures(upper, [draw(Libra.from_pretrained(folder / "pretrain").eval(), DRAWN)], ["drawn"], DRAWN)
+        show_pictures(upper, [draw(Libra.from_pretrained(folder / "pretrain").eval(), DRAWN)], ["drawn"],
+                      [words.replace(" in ", "\nin ") for words in DRAWN])
     for axes, stages, words in zip(lower.subplots(1, 2), (["pretrain"], ["frozen", "tuned"]), ("captions", "answers")):
         logs = {f"{ROWS[row][0]}, {STAGES[stage]}": args.out / f"{row}-{args.seeds[0]}/{stage}/log.jsonl"
                 for row in args.rows for stage in stages}
