@@ -143,7 +143,7 @@ def read_tar(source, name, files):
             record = parse_json(content[last["json"]])
         except ValueError:
             raise BadSample("bad_json", name) from None
-        caption = record.get("caption") if isinstance(record, dict) else None               # boxes, say
+        caption = record.get("caption") if isinstance(record, dict) else None               # a list of boxes
     captions = caption if isinstance(caption, list) else [caption]
     is_empty = all(text is None or isinstance(text, str) and not words_of(text) for text in captions)
     if is_empty and last.get("txt") in content:
@@ -341,7 +341,8 @@ def make_val_loader(sources, builder, micro_batch, rank=0, world_size=1, workers
 
 def load(dataset, batches, workers, pin, **options):
     if workers:                                           # each tensor that a worker sends is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1:] * 2)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # a generator of its own leaves the run's random numbers alone
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin,

@@ -102,10 +102,10 @@ def check_options(args, file_groups):
     for path in outputs:
         if path in inputs or outputs.count(path) > 1:
             raise UserError(f"{path} is --data too, or --out and --submission, and would be overwritten: name another")
-    if path := args.submission and Path(args.submission):
-        if path.is_file() if args.task == "mme" else path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--submission {path} cannot be written: expected a "
-                            f"{'folder' if args.task == 'mme' else 'file'}, and its parent folder must exist")
+    if args.submission:
+        path, kind = Path(args.submission), "folder" if args.task == "mme" else "file"
+        if path.exists() and path.is_dir() != (kind == "folder") or not path.parent.is_dir():
+            raise UserError(f"--submission {path} cannot be written: expected a {kind}, in a folder that exists")
         if len({Path(paths[0]).stem for paths in file_groups}) < len(file_groups):
             raise UserError("--submission is a file for each of --data, named after it, and two of these have the same "
                             "name: rename one")

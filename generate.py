@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from answering.batching import Rate, prepare_ahead, write_texts
 from answering.page import serve
-from answering.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image
+from answering.sampling import Sampler, Step, check_finite, encode_finite, next_tokens, place_in_image, tokens_allowed
 from answering.terminal import chat
 from common import cli
 from common.entries import read_prompts, with_answer
@@ -68,16 +68,6 @@ def generate(model, prompts, signal=None, max_new_tokens=128, graphs=True, **sam
             steps[in_image] = Step(partial(forward, model, streams, None, caches),
                                    [streams.text_ids, streams.image_ids], list(caches.values()), graphs)
         hidden = steps[in_image](tokens[~is_image, 0], tokens[is_image] - c.vocab_size)
-
-
-def tokens_allowed(length, place, wanted, config):
-    """How many tokens may follow a prompt; an error where not even one, or the rest of its image, has room."""
-    room, last_code = config.max_position_embeddings - length, config.image_tokens - 2
-    needed = last_code - place if place is not None and place <= last_code and wanted > room else 1
-    if room < needed:
-        raise UserError(f"the prompt has {length} of the {config.max_position_embeddings} tokens that the model takes: "
-                        "too little room is left")
-    return min(wanted, room)
 
 
 def new_caches(config, prompts, places, max_new_tokens, like):
@@ -177,8 +167,9 @@ def continue_rows(model, rows, n_rows=32, max_new_tokens=128, raw=False, history
         try:
             return read_rows(model, [row.result() for row in prepared_rows], max_new_tokens, raw, history, zeroed)
         except UserError as error:
-            for pair in zip(numbers, prepared_rows) if len(numbers) > 1 else ():              # which one is it?
-                read(*([part] for part in pair))
+            if len(numbers) > 1:                          # read alone, the one that fails is named
+                for number, row in zip(numbers, prepared_rows):
+                    read([number], [row])
             raise UserError(f"{names[numbers[0]]}: {error}" if names else str(error)) from None
 
     prompts, n_rows = prepare_ahead(prepared, rows, n_rows), min(n_rows, len(rows))
@@ -223,7 +214,8 @@ def stream(model, question, pictures, max_new_tokens=128, raw=False, history=(),
 
 def ask(model, images, question, max_new_tokens=128, **sampling):
     """images: a file, a PIL image, a list of them, or None -> the answer. sampling: as generate takes it"""
-    images = images if isinstance(images, (list, tuple)) else [images] * (images is not None)
+    if not isinstance(images, (list, tuple)):
+        images = [] if images is None else [images]
     return answer(model, [(question, images)], max_new_tokens, **sampling)[0][0]
 
 
@@ -277,7 +269,7 @@ def attention(model, question, images, raw=False, history=()):
         for layer in layers:
             layer.recorded_maps = None
     codes = ids[:, 0] - model.config.vocab_size
-    is_code = (codes >= 0) & (codes < model.config.n_codes)                                     # neither BOI nor EOI
+    is_code = (codes >= 0) & (codes < model.config.n_codes)                                   # neither BOI nor EOI
     return torch.stack([m[:, :, -1, is_code] for m in maps]).float().cpu()
 
 

@@ -274,7 +274,7 @@ class Llama(nn.Module):
         self.tie_weights()
 
     def hidden_states(self, ids, cache=None):
-        """ids (B, L), the prompts or, behind a cache, one token a row -> (B, L, D) after the final norm"""
+        """ids (B, L): the prompts or, with prompts in the cache, one token a row -> (B, L, D) after the final norm"""
         return self.model.norm(run_layers(self.model.embed_tokens(ids), self.model.layers, self.config, cache))
 
     def forward(self, ids, cache=None):

@@ -38,7 +38,7 @@ class LibraConfig(llama.LlamaConfig):
     use_expert: bool = True                               # False: Table 3 (d), image tokens use the LLaMA's weights
     discrete_only: bool = False                           # Table 3 (f): E_c is zero throughout
     contiguous_targets: bool = False                      # Table 3 (b): image positions regress the next token's E_c
-    text_to_image: bool = False                           # trained to draw, E_c = 0 behind a caption (Sec. 4.3)
+    text_to_image: bool = False                           # trained to draw, E_c = 0 after a caption (Sec. 4.3)
     chat_template: str = "vicuna"                         # a name of text.TEMPLATES
 
     def __post_init__(self):

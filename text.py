@@ -258,13 +258,13 @@ def expand_images(ids, loss_mask, images, config):
     """Replace each IMG by the ids of its image. images: a (G*G, K) tensor of codes for each. Image ids are offset by V,
     text ids stand in all K columns, as in the published code. -> ids (L, K) long, loss_mask (L,) bool"""
     assert ids.count(IMG) == len(images)
-    rows, targets, images = [], [], iter(images)
-    boi = torch.full((1, config.vision_codebook_num), config.vocab_size + config.n_codes)       # EOI is BOI + 1
+    rows, expanded_mask, images = [], [], iter(images)
+    boi = torch.full((1, config.vision_codebook_num), config.vocab_size + config.n_codes)     # EOI is BOI + 1
     for token, label in zip(ids, loss_mask):
         if token == IMG:
             rows.append(torch.cat([boi, next(images) + config.vocab_size, boi + 1]))
-            targets += [0] + [label] * (len(rows[-1]) - 1)                                    # BOI is never a target
+            expanded_mask += [0] + [label] * (len(rows[-1]) - 1)                              # BOI is never a target
         else:
             rows.append(torch.full_like(boi, token))
-            targets.append(label)
-    return torch.cat(rows), torch.tensor(targets, dtype=torch.bool)
+            expanded_mask.append(label)
+    return torch.cat(rows), torch.tensor(expanded_mask, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Text behind many prompts in a few rows: a row whose text has ended takes the next prompt and waits for no other."""
+"""Text after many prompts in a few rows: a row whose text has ended takes the next prompt and waits for no other."""
 import resource
 import time
 from collections import deque
@@ -122,7 +122,7 @@ def add_ids(ids, tokens, most, stop):
 
 def copy_into_rows(new, caches, rows, n_rows, room):
     """Copy caches that have read prompts into these rows of the others. A cache that has no room for them and so many
-    tokens behind them is replaced by a longer one. -> whether any was"""
+    tokens after them is replaced by a longer one. -> whether any was"""
     before = list(caches)
     for n, cache in enumerate(new):
         length = -(-(cache.longest + room) // 64) * 64    # in steps, so that it happens seldom

@@ -57,6 +57,16 @@ class Sampler:
         return ids.gather(-1, torch.stack(chosen))[:, 0].to(logits.device), largest
 
 
+def tokens_allowed(length, place, wanted, config):
+    """How many tokens may follow a prompt; an error where not even one, or the rest of its image, has room."""
+    room, last_code = config.max_position_embeddings - length, config.image_tokens - 2
+    needed = last_code - place if place is not None and place <= last_code and wanted > room else 1
+    if room < needed:
+        raise UserError(f"the prompt has {length} of the {config.max_position_embeddings} tokens that the model takes: "
+                        "too little room is left")
+    return min(wanted, room)
+
+
 def place_in_image(prompt, config):
     """prompt (L, K) -> None if it ends in text, else its last token's place: BOI 0, codes 1 ... G*G, EOI G*G + 1"""
     if prompt[-1, 0] < config.vocab_size:

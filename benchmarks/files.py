@@ -73,7 +73,7 @@ def score(task, items, answers):
 
 
 def import_scorer(task, items):
-    """A package that the score needs and that is not installed is missed before the answers, not after them."""
+    """Fail before the answers, not after them, where the package that scores them is not installed."""
     if TASKS[task].score is score_captions and all(item["truth"] is not None for item in items):
         scores.import_cider()
 

@@ -16,8 +16,6 @@ DAMAGED = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, AttributeE
 Image.init()
 FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
            if name in Image.OPEN]                         # others may start programs: PostScript does
-WHITE = {"I": 65535, "F": 1.0}                            # of 16-bit integers, which some files hold in 32, and floats,
-MOST_FLOAT = 2                                            # but floats above this go to 255
 
 
 def open_image(source):
@@ -32,10 +30,10 @@ def open_image(source):
         image.load()
         with suppress(*DAMAGED):                          # damaged EXIF data does not cost the picture
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in WHITE:                        # convert() would clip them
+        if image.mode[0] in "IF":                         # integers of 16 bits, also held in 32, and floats
             grey = np.asarray(image, dtype=np.float32)
-            grey = grey * (255 / WHITE[image.mode[0]] if image.mode[0] != "F" or grey.max() <= MOST_FLOAT else 1)
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            white = 65535 if image.mode[0] == "I" else 1 if grey.max() <= 2 else 255
+            image = Image.fromarray((grey * (255 / white)).round().clip(0, 255).astype(np.uint8))     # convert() clips
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -42,8 +42,8 @@ def choose_canvas(width, height, config):
 
 
 def check_canvases(config, source):
-    """The authors' code shrinks pictures of over 1.1 ** 2 times the tiles; canvases for them are refused here. 40: see
-    common/config.py"""
+    """The authors' code shrinks a picture if it exceeds the tiles by more than 1.1 ** 2; a canvas that would need this
+    is refused here. 40: see common/config.py"""
     side, most = config.default_image_size, min(40, int(re.sub(r"\D", "", config.image_aspect_ratio)[:9] or 0))
 
     def fits(canvas):
@@ -248,7 +248,7 @@ class ChatBuilder:
 
 
 class UnpairedBuilder(ChatBuilder):
-    """HoVLE's stage 1: the pictures of one sample behind the <s> of the text of the one before it in the pass. Ours; a
+    """HoVLE's stage 1: the pictures of one sample after the <s> of the text of the one before it in the pass. Ours; a
     pass of one sample keeps its pair."""
 
     def collate(self, samples, bad):

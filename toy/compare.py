@@ -203,7 +203,7 @@ def plot(args):
     shown, losses = [row for row in args.rows if row_results(args, row)], {}
     for n, row in enumerate(shown):
         results = row_results(args, row)
-        means = [statistics.mean(result[kind] or 0 for result in results) for kind in KINDS]
+        means = np.array([[result[kind] for kind in KINDS] for result in results], dtype=float).mean(0)      # None: nan
         bars.bar(np.arange(len(KINDS)) + 0.8 * (n / len(shown) - 0.5), means, 0.8 / len(shown), label=ROWS[row][0])
         last = folder_of(args, row, best_factor(args, row), args.seeds[0]) / str(len(ROWS[row][3]) - 1)
         losses[ROWS[row][0]] = [line["text"] for line in read_log(last / "log.jsonl")]
